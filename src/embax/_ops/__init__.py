@@ -1,0 +1,1 @@
+"""The two primitives, lookup and update, and their lowerings."""

@@ -1,0 +1,164 @@
+"""The frozen snapshot of placed specs that packing, lookup and update work from."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from embax._specs import FeatureSpec, StackedTableSpec, TableSpec
+from embax.optimizers import OptimizerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class TablePlan:
+    """A table's place in its stack."""
+
+    name: str
+    vocabulary_size: int
+    embedding_dim: int
+    row_offset_in_shard: int
+    rotation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturePlan:
+    """A feature's place in its stack; `leaf` is its number among the leaves of the feature tree."""
+
+    name: str
+    leaf: int
+    table: TablePlan
+    output_dim: int
+    row_offset: int
+    col_offset: int
+    col_shift: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StackPlan:
+    """A stack, its tables, and its features in the order of their samples."""
+
+    spec: StackedTableSpec
+    tables: tuple[TablePlan, ...]
+    features: tuple[FeaturePlan, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the stack."""
+        return self.spec.stack_name
+
+    @property
+    def optimizer(self) -> OptimizerSpec:
+        """Optimizer of the stack."""
+        return self.spec.optimizer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the stacked table, all devices together."""
+        return (self.spec.stack_vocab_size, self.spec.stack_embedding_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All stacks of a feature tree, and the topology that they were placed for. Hashable: it may be a static argument."""
+
+    stacks: tuple[StackPlan, ...]
+    num_devices: int
+    num_sparsecores_per_device: int
+    num_features: int
+
+    @property
+    def num_sparsecores(self) -> int:
+        """SparseCores of all devices."""
+        return self.num_devices * self.num_sparsecores_per_device
+
+
+def feature_leaves(specs: Any) -> list[FeatureSpec]:
+    """The leaves of a feature tree, checked to be features of different names."""
+    leaves = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec))
+    if not leaves:
+        raise ValueError("The feature specs are empty: there must be at least one FeatureSpec.")
+    names = set()
+    for leaf in leaves:
+        if not isinstance(leaf, FeatureSpec):
+            raise ValueError(f"The feature specs hold {leaf!r}; every leaf must be a FeatureSpec.")
+        if leaf.name in names:
+            raise ValueError(f"Two features are named {leaf.name!r}; feature names must differ.")
+        names.add(leaf.name)
+    return leaves
+
+
+def table_specs(specs: Any) -> dict[str, TableSpec]:
+    """The tables of a feature tree by name, in order of first appearance among its leaves.
+
+    Raises:
+        ValueError: two different tables have one name.
+    """
+    tables: dict[str, TableSpec] = {}
+    for feature in feature_leaves(specs):
+        table = feature.table_spec
+        known = tables.setdefault(table.name, table)
+        if known is not table and known != table:
+            raise ValueError(
+                f"Two different tables are named {table.name!r} (one of them used by feature {feature.name!r}); table "
+                "names must differ, and features that share a table must be given equal TableSpecs."
+            )
+    return tables
+
+
+def _table_plan(table: TableSpec) -> TablePlan:
+    setting = table.setting_in_stack
+    return TablePlan(
+        table.name, table.vocabulary_size, table.embedding_dim, setting.row_offset_in_shard, setting.shard_rotation
+    )
+
+
+def make_plan(specs: Any) -> Plan:
+    """The snapshot of the placed feature tree `specs`.
+
+    Raises:
+        ValueError: a table has not been placed, or tables were placed for different topologies.
+    """
+    leaves = feature_leaves(specs)
+    tables = {name: (_table_plan(table), table.stacked_table_spec) for name, table in table_specs(specs).items()}
+    stacks: dict[str, StackedTableSpec] = {}
+    for name, (_, stack) in tables.items():
+        if stacks.setdefault(stack.stack_name, stack) != stack:
+            raise ValueError(
+                f"Table {name!r} holds another version of stack {stack.stack_name!r} than the tables before it; change "
+                "stacks only through embax's functions, which keep their tables in step."
+            )
+    topologies = {(stack.num_devices, stack.num_sparsecores_per_device) for stack in stacks.values()}
+    if len(topologies) > 1:
+        raise ValueError(
+            f"The tables were placed for different (devices, SparseCores a device): {sorted(topologies)}; place all "
+            "features of a model in one call."
+        )
+    features: dict[str, list[FeaturePlan]] = {name: [] for name in stacks}
+    for number, leaf in enumerate(leaves):
+        table, stack = tables[leaf.table_spec.name]
+        place = leaf.id_transformation
+        features[stack.stack_name].append(
+            FeaturePlan(
+                leaf.name, number, table, leaf.output_shape[-1], place.row_offset, place.col_offset, place.col_shift
+            )
+        )
+    ((num_devices, num_sparsecores),) = topologies
+    return Plan(
+        stacks=tuple(
+            StackPlan(
+                spec=stack,
+                tables=tuple(table for table, other in tables.values() if other == stack),
+                features=tuple(sorted(features[name], key=lambda feature: feature.row_offset)),
+            )
+            for name, stack in stacks.items()
+        ),
+        num_devices=num_devices,
+        num_sparsecores_per_device=num_sparsecores,
+        num_features=len(leaves),
+    )
+
+
+def sample_count(feature: FeatureSpec) -> int:
+    """Samples of a feature in a global batch, as its spec states them."""
+    return math.prod(feature.output_shape[:-1])

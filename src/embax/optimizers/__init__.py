@@ -1,0 +1,7 @@
+"""The optimizers that are fused into the backward pass, one file each."""
+
+from embax.optimizers._base import OptimizerSpec as OptimizerSpec
+from embax.optimizers.adagrad import AdagradOptimizerSpec as AdagradOptimizerSpec
+from embax.optimizers.adagrad import AdagradSlotVariables as AdagradSlotVariables
+from embax.optimizers.sgd import SGDOptimizerSpec as SGDOptimizerSpec
+from embax.optimizers.sgd import SGDSlotVariables as SGDSlotVariables
