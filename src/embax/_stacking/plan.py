@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -10,15 +10,26 @@ from embax._specs import FeatureSpec, StackedTableSpec, TableSpec
 from embax.optimizers import OptimizerSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class TablePlan:
-    """A table's place in its stack."""
+class RowPlacement(NamedTuple):
+    """Where the rows of a table lie in its stack (see `layout.py`). A pytree of integers."""
 
-    name: str
     vocabulary_size: int
-    embedding_dim: int
     row_offset_in_shard: int
     rotation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TablePlan:
+    """A table and its place in its stack."""
+
+    name: str
+    embedding_dim: int
+    rows: RowPlacement
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the table."""
+        return self.rows.vocabulary_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +62,11 @@ class StackPlan:
     def optimizer(self) -> OptimizerSpec:
         """Optimizer of the stack."""
         return self.spec.optimizer
+
+    @property
+    def num_states(self) -> int:
+        """Arrays of the stack: the table and its slots."""
+        return 1 + self.optimizer.slot_variables_count()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,9 +124,8 @@ def table_specs(specs: Any) -> dict[str, TableSpec]:
 
 def _table_plan(table: TableSpec) -> TablePlan:
     setting = table.setting_in_stack
-    return TablePlan(
-        table.name, table.vocabulary_size, table.embedding_dim, setting.row_offset_in_shard, setting.shard_rotation
-    )
+    rows = RowPlacement(table.vocabulary_size, setting.row_offset_in_shard, setting.shard_rotation)
+    return TablePlan(table.name, table.embedding_dim, rows)
 
 
 def make_plan(specs: Any) -> Plan:

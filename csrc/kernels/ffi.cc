@@ -1,0 +1,298 @@
+// Lookup and update of all stacks of a step, one call each. The work on one SparseCore of one stack is one task; tasks
+// write disjoint memory and sum in a fixed order, so the result does not depend on the number of threads.
+#include "kernels/ffi.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <functional>
+#include <string>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "core/parallel.h"
+#include "kernels/rows.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace embax {
+namespace {
+
+namespace ffi = xla::ffi;
+
+using Int32s = ffi::Buffer<ffi::S32, 1>;
+using Floats = ffi::Buffer<ffi::F32, 1>;
+using Matrix = ffi::Buffer<ffi::F32, 2>;
+using Int64Span = ffi::Span<const int64_t>;
+using ResultMatrix = ffi::Result<Matrix>;
+using FloatSpan = ffi::Span<const float>;
+
+// Below this many bytes of rows the hand-off to other threads costs more than it gains.
+constexpr int64_t kInlineBytes = 256 << 10;
+
+ffi::Error Invalid(const std::string& what) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "embax: " + what);
+}
+
+// The arrays of a packed batch and where each stack lies in them (embax/_ops/geometry.py).
+class PackedBatch {
+ public:
+  struct Stack {
+    int64_t row_pointers_start, entries_start, capacity, samples_per_sparsecore;
+  };
+
+  PackedBatch(const Int32s& row_pointers, const Int32s& ids, const Int32s& samples, const Floats& gains,
+              int64_t num_sparsecores, Int64Span stacks)
+      : row_pointers_(row_pointers.typed_data()),
+        ids_(ids.typed_data()),
+        samples_(samples.typed_data()),
+        gains_(gains.typed_data()),
+        num_row_pointers_(row_pointers.element_count()),
+        num_entries_(std::min({ids.element_count(), samples.element_count(), gains.element_count()})),
+        num_sparsecores_(num_sparsecores),
+        row_pointers_per_sparsecore_(std::max<int64_t>(num_sparsecores, 8)),
+        stacks_(reinterpret_cast<const Stack*>(stacks.begin())),
+        num_stacks_(stacks.size() / (sizeof(Stack) / sizeof(int64_t))) {}
+
+  int64_t num_stacks() const { return num_stacks_; }
+  int64_t num_sparsecores() const { return num_sparsecores_; }
+  const Stack& stack(int64_t k) const { return stacks_[k]; }
+
+  std::string Problem() const {
+    if (num_sparsecores_ < 1) return "the number of SparseCores is not positive";
+    for (int64_t k = 0; k < num_stacks_; ++k) {
+      const Stack& s = stacks_[k];
+      const bool fits = s.row_pointers_start >= 0 && s.entries_start >= 0 && s.capacity >= 0 &&
+                        s.samples_per_sparsecore >= 0 &&
+                        s.row_pointers_start + num_sparsecores_ * row_pointers_per_sparsecore_ <= num_row_pointers_ &&
+                        s.entries_start + s.capacity <= num_entries_;
+      if (!fits) return "stack " + std::to_string(k) + " does not lie in the packed arrays";
+    }
+    return "";
+  }
+
+  Entries Of(int64_t stack, int64_t sparsecore) const {
+    const Stack& s = stacks_[stack];
+    const int64_t share = s.capacity / num_sparsecores_;
+    const int64_t start = s.entries_start + sparsecore * share;
+    return {row_pointers_ + s.row_pointers_start + sparsecore * row_pointers_per_sparsecore_, ids_ + start,
+            samples_ + start, gains_ + start, share};
+  }
+
+  // Entries of a stack, gaps included, as the row pointers say.
+  int64_t NumEntries(int64_t stack) const {
+    int64_t entries = 0;
+    for (int64_t s = 0; s < num_sparsecores_; ++s) {
+      const Entries e = Of(stack, s);
+      entries += std::clamp<int64_t>(e.row_pointers[num_sparsecores_ - 1], 0, e.capacity);
+    }
+    return entries;
+  }
+
+ private:
+  const int32_t* row_pointers_;
+  const int32_t* ids_;
+  const int32_t* samples_;
+  const float* gains_;
+  int64_t num_row_pointers_, num_entries_, num_sparsecores_, row_pointers_per_sparsecore_;
+  const Stack* stacks_;
+  int64_t num_stacks_;
+};
+
+// Threads that a kernel may use: those of XLA's pool, or fewer if EMBAX_NUM_THREADS says so.
+int64_t NumThreads(ffi::ThreadPool pool) {
+  const int64_t available = std::max<int64_t>(pool.num_threads(), 1);
+  const char* limit = std::getenv("EMBAX_NUM_THREADS");
+  const int64_t asked = limit != nullptr ? std::atoll(limit) : 0;
+  return asked > 0 ? std::min(asked, available) : available;
+}
+
+// Runs one task for each stack and SparseCore on XLA's threads; `bytes` are the bytes of rows that all of them touch.
+template <typename Task>
+ffi::Error RunTasks(ffi::ThreadPool threads, const PackedBatch& batch, int64_t bytes, Task&& task) {
+  const int64_t helpers = bytes < kInlineBytes ? 0 : NumThreads(threads) - 1;
+  const int64_t sparsecores = batch.num_sparsecores();
+  try {
+    ParallelFor([&](std::function<void()> work) { threads.Schedule(std::move(work)); }, helpers,
+                batch.num_stacks() * sparsecores, [&](int64_t i) { task(i / sparsecores, i % sparsecores); });
+  } catch (const std::exception& error) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("embax: ") + error.what());
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
+                  ffi::RemainingArgs tables, ffi::RemainingRets activations, int64_t num_sparsecores, Int64Span stacks,
+                  FloatSpan quantization) {
+  const PackedBatch batch(row_pointers, ids, samples, gains, num_sparsecores, stacks);
+  if (const std::string problem = batch.Problem(); !problem.empty()) return Invalid(problem);
+  const int64_t n = batch.num_stacks();
+  if (static_cast<int64_t>(tables.size()) != n || static_cast<int64_t>(activations.size()) != n ||
+      static_cast<int64_t>(quantization.size()) != 3 * n) {
+    return Invalid("lookup: as many tables and activations as stacks are expected");
+  }
+  std::vector<LookupTask> tasks(n);
+  int64_t bytes = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    const auto table = tables.get<Matrix>(k);
+    auto out = activations.get<Matrix>(k);
+    if (!table.has_value() || !out.has_value()) return Invalid("lookup: tables must be float32 matrices");
+    const auto shape = table->dimensions(), out_shape = (*out)->dimensions();
+    const int64_t samples_per_sparsecore = batch.stack(k).samples_per_sparsecore;
+    if (shape[0] % num_sparsecores != 0 || out_shape[0] != samples_per_sparsecore * num_sparsecores ||
+        out_shape[1] != shape[1]) {
+      return Invalid("lookup: the shapes of table and activations of stack " + std::to_string(k) + " do not match");
+    }
+    LookupTask& t = tasks[k];
+    t.num_partitions = num_sparsecores;
+    t.table = table->typed_data();
+    t.rows_per_partition = shape[0] / num_sparsecores;
+    t.dim = shape[1];
+    t.out = (*out)->typed_data();
+    t.num_samples = samples_per_sparsecore;
+    t.quantization = {quantization[3 * k], quantization[3 * k + 1], quantization[3 * k + 2]};
+    bytes += sizeof(float) * t.dim * (batch.NumEntries(k) + out_shape[0]);
+  }
+  const RowKernels& kernels = SelectRowKernels();
+  return RunTasks(threads, batch, bytes, [&](int64_t stack, int64_t sparsecore) {
+    LookupTask t = tasks[stack];
+    t.entries = batch.Of(stack, sparsecore);
+    t.out += sparsecore * t.num_samples * t.dim;
+    kernels.lookup(t);
+  });
+}
+
+// Operands after the packed arrays: hyperparameters of all stacks, one gradient a stack, table and slots of each stack,
+// then any number that are not read: they order the update after what computes them. Results: tables and slots, in place.
+ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
+                  Floats hyperparameters, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                  int64_t num_sparsecores, Int64Span stacks, Int64Span rules) {
+  const PackedBatch batch(row_pointers, ids, samples, gains, num_sparsecores, stacks);
+  if (const std::string problem = batch.Problem(); !problem.empty()) return Invalid(problem);
+  const RowKernels& kernels = SelectRowKernels();
+  const int64_t n = batch.num_stacks();
+  if (static_cast<int64_t>(rules.size()) != n) return Invalid("update: one rule for each stack is expected");
+  struct StackUpdate {
+    UpdateTask task;
+    const RowRule* rule;
+  };
+  std::vector<StackUpdate> updates(n);
+  int64_t bytes = 0, next_state = 0, next_hyperparameter = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    if (rules[k] < 0 || rules[k] >= kernels.num_rules) return Invalid("update: unknown rule");
+    const RowRule& rule = kernels.rules[rules[k]];
+    UpdateTask& t = updates[k].task;
+    updates[k].rule = &rule;
+    if (next_state + rule.num_slots >= static_cast<int64_t>(results.size()) ||
+        n + next_state + rule.num_slots >= static_cast<int64_t>(operands.size()) ||
+        next_hyperparameter + rule.num_hyperparameters > static_cast<int64_t>(hyperparameters.element_count())) {
+      return Invalid("update: stack " + std::to_string(k) + " lacks operands or results");
+    }
+    const auto gradient = operands.get<Matrix>(k);
+    if (!gradient.has_value()) return Invalid("update: gradients must be float32 matrices");
+    const auto gradient_shape = gradient->dimensions();
+    t.dim = gradient_shape[1];
+    t.gradient = gradient->typed_data();
+    t.num_samples = batch.stack(k).samples_per_sparsecore;
+    t.num_sources = num_sparsecores;
+    if (gradient_shape[0] != t.num_samples * num_sparsecores) {
+      return Invalid("update: the gradient of stack " + std::to_string(k) + " has another number of samples");
+    }
+    for (int slot = 0; slot <= rule.num_slots; ++slot, ++next_state) {
+      const auto before = operands.get<Matrix>(n + next_state);
+      auto after = results.get<Matrix>(next_state);
+      if (!before.has_value() || !after.has_value()) return Invalid("update: tables and slots must be float32 matrices");
+      const auto shape = before->dimensions(), after_shape = (*after)->dimensions();
+      if (slot == 0) t.rows_per_partition = shape[0] / num_sparsecores;
+      if (shape[0] != t.rows_per_partition * num_sparsecores || shape[1] != t.dim || after_shape[0] != shape[0] ||
+          after_shape[1] != shape[1]) {
+        return Invalid("update: the shapes of table, slots and gradient of stack " + std::to_string(k) + " do not match");
+      }
+      t.state[slot] = (*after)->typed_data();
+      if (t.state[slot] != before->typed_data()) {
+        std::copy_n(before->typed_data(), before->element_count(), t.state[slot]);
+      }
+    }
+    t.hyperparameters = hyperparameters.typed_data() + next_hyperparameter;
+    next_hyperparameter += rule.num_hyperparameters;
+    bytes += sizeof(float) * t.dim * batch.NumEntries(k) * (2 + rule.num_slots);
+  }
+  return RunTasks(threads, batch, bytes, [&](int64_t stack, int64_t partition) {
+    std::vector<Entries> sources(num_sparsecores);
+    for (int64_t s = 0; s < num_sparsecores; ++s) sources[s] = batch.Of(stack, s);
+    std::vector<Cursor> cursors(num_sparsecores);
+    UpdateTask t = updates[stack].task;
+    std::vector<float> sum(t.dim);
+    t.entries = sources.data();
+    t.cursors = cursors.data();
+    t.sum = sum.data();
+    t.partition = partition;
+    for (int slot = 0; slot <= updates[stack].rule->num_slots; ++slot) {
+      t.state[slot] += partition * t.rows_per_partition * t.dim;
+    }
+    updates[stack].rule->update(t);
+  });
+}
+
+XLA_FFI_DEFINE_HANDLER(kLookup, Lookup,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<Int32s>()
+                           .Arg<Int32s>()
+                           .Arg<Int32s>()
+                           .Arg<Floats>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attr<int64_t>("num_sparsecores")
+                           .Attr<Int64Span>("stacks")
+                           .Attr<FloatSpan>("quantization"));
+
+XLA_FFI_DEFINE_HANDLER(kUpdate, Update,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<Int32s>()
+                           .Arg<Int32s>()
+                           .Arg<Int32s>()
+                           .Arg<Floats>()
+                           .Arg<Floats>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attr<int64_t>("num_sparsecores")
+                           .Attr<Int64Span>("stacks")
+                           .Attr<Int64Span>("rules"));
+
+// Every row of the result is `row`. Rows of a table are read at random: huge pages, asked for before the memory is first
+// touched, spare most of the page table walks.
+ffi::Error Fill(ffi::ThreadPool threads, Floats row, ResultMatrix table) {
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const auto shape = table->dimensions();
+  const int64_t rows = shape[0], dim = shape[1];
+  if (static_cast<int64_t>(row.element_count()) != dim) return Invalid("fill: the row has another length than the table");
+  float* data = table->typed_data();
+#if defined(__linux__)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data + rows * dim) / kHugePage * kHugePage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // Only a wish: may fail.
+#endif
+  const int64_t rows_per_task = std::max<int64_t>(1, kHugePage / (sizeof(float) * std::max<int64_t>(dim, 1)));
+  const int64_t tasks = (rows + rows_per_task - 1) / rows_per_task;
+  ParallelFor([&](std::function<void()> work) { threads.Schedule(std::move(work)); }, NumThreads(threads) - 1, tasks,
+              [&](int64_t task) {
+                const int64_t last = std::min(rows, (task + 1) * rows_per_task);
+                for (int64_t r = task * rows_per_task; r < last; ++r) std::copy_n(row.typed_data(), dim, data + r * dim);
+              });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER(kFill, Fill,
+                       ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Matrix>());
+
+}  // namespace
+
+const FfiHandler kFfiHandlers[] = {
+    {"embax_lookup", kLookup}, {"embax_update", kUpdate}, {"embax_fill", kFill}, {nullptr, nullptr}};
+
+}  // namespace embax

@@ -1,0 +1,19 @@
+// The XLA FFI handlers of the native lowering.
+#ifndef EMBAX_KERNELS_FFI_H_
+#define EMBAX_KERNELS_FFI_H_
+
+#include "xla/ffi/api/c_api.h"
+
+namespace embax {
+
+struct FfiHandler {
+  const char* name;
+  XLA_FFI_Handler* handler;
+};
+
+// All handlers, ended by one without a name.
+extern const FfiHandler kFfiHandlers[];
+
+}  // namespace embax
+
+#endif  // EMBAX_KERNELS_FFI_H_

@@ -1,0 +1,176 @@
+// Compiled once for each instruction set, with EMBAX_ISA naming it.
+#include "kernels/rows.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels/optimizers.h"
+
+namespace embax {
+namespace EMBAX_ISA {
+namespace {
+
+// Entries that a row is asked for ahead of its use, and the bytes of it: far enough to cover a memory access (about 100 ns)
+// with the work on the rows between, near enough to stay in the first level cache.
+constexpr int64_t kPrefetchEntries = 8;
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kPrefetchBytes = 1024;
+
+// The standard library's templates are kept out of this file: what is not inlined would be merged across the instruction
+// sets by the linker, and run on processors that lack them.
+inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t Clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : Min(value, high); }
+
+template <int kDim>
+inline void PrefetchRow(const float* row, int64_t dim) {
+  const int64_t bytes = Min(Length<kDim>(dim) * static_cast<int64_t>(sizeof(float)), kPrefetchBytes);
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(p + i, 0, 3);
+  if (reinterpret_cast<uintptr_t>(p) % kCacheLine) __builtin_prefetch(p + bytes - 1, 0, 3);
+}
+
+inline bool InRange(int32_t index, int64_t size) { return static_cast<uint64_t>(static_cast<int64_t>(index)) < static_cast<uint64_t>(size); }
+
+inline int64_t PartitionEnd(const Entries& entries, int64_t partition, int64_t begin) {
+  return Clamp(entries.row_pointers[partition], begin, entries.capacity);
+}
+
+inline int64_t NextPartition(const Entries& entries, int64_t end) {
+  return Min((end + kPartitionAlignment - 1) / kPartitionAlignment * kPartitionAlignment, entries.capacity);
+}
+
+// First entry of a partition: the aligned end of the one before it.
+inline int64_t PartitionBegin(const Entries& entries, int64_t partition) {
+  if (partition == 0) return 0;
+  return NextPartition(entries, Clamp(entries.row_pointers[partition - 1], 0, entries.capacity));
+}
+
+template <int kDim, bool kQuantize>
+void LookupRows(const LookupTask& t) {
+  const int64_t dim = Length<kDim>(t.dim);
+  std::memset(t.out, 0, sizeof(float) * t.num_samples * dim);
+  const Entries& entries = t.entries;
+  const float inverse_step = kQuantize ? 1.0f / t.quantization.step : 0.0f;
+  for (int64_t partition = 0, begin = 0; partition < t.num_partitions; ++partition) {
+    const float* table = t.table + partition * t.rows_per_partition * dim;
+    const int64_t end = PartitionEnd(entries, partition, begin);
+    for (int64_t e = begin; e < end; ++e) {
+      if (e + kPrefetchEntries < end && InRange(entries.ids[e + kPrefetchEntries], t.rows_per_partition)) {
+        PrefetchRow<kDim>(table + entries.ids[e + kPrefetchEntries] * dim, dim);
+      }
+      const int32_t id = entries.ids[e], sample = entries.samples[e];
+      if (!InRange(id, t.rows_per_partition) || !InRange(sample, t.num_samples)) continue;
+      const float* __restrict row = table + id * dim;
+      float* __restrict out = t.out + sample * dim;
+      const float gain = entries.gains[e];
+      if constexpr (kQuantize) {
+        const Quantization q = t.quantization;
+        for (int64_t i = 0; i < dim; ++i) {
+          const float clipped = row[i] < q.min ? q.min : row[i] > q.max ? q.max : row[i];
+          out[i] += gain * (__builtin_nearbyintf((clipped - q.min) * inverse_step) * q.step + q.min);
+        }
+      } else {
+        for (int64_t i = 0; i < dim; ++i) out[i] += gain * row[i];
+      }
+    }
+    begin = NextPartition(entries, end);
+  }
+}
+
+template <typename Rule, int kDim>
+void UpdateRows(const UpdateTask& t) {
+  const int64_t dim = Length<kDim>(t.dim);
+  const Rule rule(t.hyperparameters);
+  float* __restrict sum = t.sum;
+  for (int64_t s = 0; s < t.num_sources; ++s) {
+    const int64_t begin = PartitionBegin(t.entries[s], t.partition);
+    t.cursors[s] = {begin, PartitionEnd(t.entries[s], t.partition, begin)};
+  }
+  for (;;) {
+    // The entries of each source are sorted by id, so the next row is the smallest id that any of them is at.
+    bool found = false;
+    int32_t id = INT32_MAX;
+    for (int64_t s = 0; s < t.num_sources; ++s) {
+      const Cursor cursor = t.cursors[s];
+      if (cursor.next == cursor.end) continue;
+      const int32_t candidate = t.entries[s].ids[cursor.next];
+      if (candidate < id) id = candidate;
+      found = true;
+    }
+    if (!found) return;
+    bool touched = false;
+    for (int64_t s = 0; s < t.num_sources; ++s) {
+      const Entries& entries = t.entries[s];
+      const int64_t end = t.cursors[s].end;
+      int64_t e = t.cursors[s].next;
+      for (; e < end && entries.ids[e] == id; ++e) {
+        if (e + kPrefetchEntries < end && InRange(entries.ids[e + kPrefetchEntries], t.rows_per_partition)) {
+          for (int k = 0; k <= Rule::kSlots; ++k) {
+            PrefetchRow<kDim>(t.state[k] + entries.ids[e + kPrefetchEntries] * dim, dim);
+          }
+        }
+        const int32_t sample = entries.samples[e];
+        if (!InRange(sample, t.num_samples)) continue;
+        const float* __restrict gradient = t.gradient + (s * t.num_samples + sample) * dim;
+        const float gain = entries.gains[e];
+        if (touched) {
+          for (int64_t i = 0; i < dim; ++i) sum[i] += gain * gradient[i];
+        } else {
+          for (int64_t i = 0; i < dim; ++i) sum[i] = gain * gradient[i];
+          touched = true;
+        }
+      }
+      t.cursors[s].next = e;
+    }
+    if (!touched || !InRange(id, t.rows_per_partition)) continue;
+    float* rows[1 + kMaxSlots];
+    for (int k = 0; k <= Rule::kSlots; ++k) rows[k] = t.state[k] + id * dim;
+    rule.template Row<kDim>(sum, rows, dim);
+  }
+}
+
+// Calls F<kDim> with kDim the length of a row if there is a loop compiled for it, else 0.
+#define EMBAX_DISPATCH_DIM(dim, F, ...) \
+  switch (dim) {                        \
+    case 8: return F<__VA_ARGS__ 8>;    \
+    case 16: return F<__VA_ARGS__ 16>;  \
+    case 32: return F<__VA_ARGS__ 32>;  \
+    case 64: return F<__VA_ARGS__ 64>;  \
+    case 128: return F<__VA_ARGS__ 128>; \
+    default: return F<__VA_ARGS__ 0>;   \
+  }
+
+template <int kDim>
+void LookupPlain(const LookupTask& t) { LookupRows<kDim, false>(t); }
+
+using LookupFunction = void (*)(const LookupTask&);
+LookupFunction LookupFor(int64_t dim) { EMBAX_DISPATCH_DIM(dim, LookupPlain, ) }
+
+void Lookup(const LookupTask& t) {
+  if (t.quantization.step != 0.0f) return LookupRows<0, true>(t);
+  LookupFor(t.dim)(t);
+}
+
+using UpdateFunction = void (*)(const UpdateTask&);
+template <typename Rule>
+UpdateFunction UpdateFor(int64_t dim) { EMBAX_DISPATCH_DIM(dim, UpdateRows, Rule, ) }
+
+template <typename Rule>
+void Update(const UpdateTask& t) {
+  static_assert(Rule::kSlots <= kMaxSlots && Rule::kHyperparameters <= kMaxHyperparameters);
+  UpdateFor<Rule>(t.dim)(t);
+}
+
+#define EMBAX_RULE(Rule) {Rule::kName, Rule::kSlots, Rule::kHyperparameters, &Update<Rule>},
+constexpr RowRule kRules[] = {EMBAX_ROW_RULES(EMBAX_RULE)};
+
+#define EMBAX_STRING_(x) #x
+#define EMBAX_STRING(x) EMBAX_STRING_(x)
+
+}  // namespace
+
+extern const RowKernels kKernels;
+const RowKernels kKernels = {EMBAX_STRING(EMBAX_ISA), &Lookup, kRules, sizeof(kRules) / sizeof(kRules[0])};
+
+}  // namespace EMBAX_ISA
+}  // namespace embax

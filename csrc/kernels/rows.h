@@ -1,0 +1,83 @@
+// The row loops of lookup and update for one SparseCore, and their choice by instruction set.
+//
+// They read buffers that may hold anything: a row pointer, id or sample outside its range makes the loops skip the
+// entry, never leave an array.
+#ifndef EMBAX_KERNELS_ROWS_H_
+#define EMBAX_KERNELS_ROWS_H_
+
+#include <cstdint>
+
+namespace embax {
+
+constexpr int kMaxSlots = 4;
+constexpr int kMaxHyperparameters = 8;
+constexpr int64_t kPartitionAlignment = 8;  // Partitions start at multiples of this many entries.
+
+// One SparseCore's share of the packed entries of a stack.
+struct Entries {
+  const int32_t* row_pointers;  // [num_partitions]: end of each partition in this share
+  const int32_t* ids;           // [capacity]: row on the SparseCore that owns it
+  const int32_t* samples;       // [capacity]: sample on this SparseCore
+  const float* gains;           // [capacity]
+  int64_t capacity;
+};
+
+// Rows are clipped to [min, max] and rounded to equally spaced values as they are read; step 0 means not at all.
+struct Quantization {
+  float min = 0, max = 0, step = 0;
+};
+
+// out[sample] = sum over the entries of the sample of gain * table[partition, id]
+struct LookupTask {
+  Entries entries;
+  int64_t num_partitions;
+  const float* table;  // [num_partitions * rows_per_partition, dim]
+  int64_t rows_per_partition;
+  int64_t dim;
+  float* out;  // [num_samples, dim]
+  int64_t num_samples;
+  Quantization quantization;
+};
+
+// Next entry and end of the entries of a partition.
+struct Cursor {
+  int64_t next, end;
+};
+
+// For each row of one partition that an entry names: the gradient of the row is the sum over its entries, SparseCore by
+// SparseCore, of gain * gradient[SparseCore, sample]; the rule then changes the row once.
+struct UpdateTask {
+  const Entries* entries;  // [num_sources], of each SparseCore of the device
+  int64_t num_sources;
+  int64_t partition;
+  const float* gradient;  // [num_sources, num_samples, dim]
+  int64_t num_samples;
+  float* state[1 + kMaxSlots];  // table and slots: the [rows_per_partition, dim] of this partition
+  int64_t rows_per_partition;
+  int64_t dim;
+  const float* hyperparameters;
+  Cursor* cursors;   // scratch, [num_sources]
+  float* sum;              // scratch, [dim]
+};
+
+struct RowRule {
+  const char* name;
+  int num_slots;
+  int num_hyperparameters;
+  void (*update)(const UpdateTask&);
+};
+
+struct RowKernels {
+  const char* isa;
+  void (*lookup)(const LookupTask&);
+  const RowRule* rules;
+  int num_rules;
+};
+
+// The fastest kernels that this processor runs. The environment variable EMBAX_SIMD=baseline|avx2|avx512, read once, asks
+// for slower ones; what the processor lacks is not chosen.
+const RowKernels& SelectRowKernels();
+
+}  // namespace embax
+
+#endif  // EMBAX_KERNELS_ROWS_H_

@@ -1,0 +1,66 @@
+"""The one differentiable lookup that is under every layer.
+
+Its backward pass updates the tables: the "gradient" of the variables that it returns *is the new variables*. So a step may
+look a table up once only.
+"""
+
+import functools
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from embax._matmul import lookup_features, update_features
+from embax._preprocess.buffers import PreprocessedInput
+from embax._stacking.plan import Plan
+
+# Traced tables whose lookup was differentiated, by `id`, for as long as they live.
+_differentiated: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+
+
+def _note_differentiated(variables: dict[str, Any], plan: Plan) -> None:
+    for stack in plan.stacks:
+        table = jax.tree.leaves(variables[stack.name])[0]
+        if not isinstance(table, jax.core.Tracer):
+            continue
+        if _differentiated.get(id(table)) is table:
+            raise ValueError(
+                f"Stack {stack.name!r} is looked up twice in one differentiated step. The backward pass of a lookup updates "
+                "the tables, and two updates of one table cannot be added. Look both batches up in one call (as "
+                "features that share the table, or as one larger batch), or use embax.lookup and embax.apply_gradients."
+            )
+        _differentiated[id(table)] = table
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def lookup_and_update(
+    plan: Plan, variables: dict[str, Any], lookups: jax.Array, packed: PreprocessedInput, step: jax.Array | int | None
+) -> list[jax.Array]:
+    """Activations of each feature, in the order of the feature leaves.
+
+    Args:
+        plan: static.
+        variables: table and slots of each stack; their cotangent is the new table and slots.
+        lookups: float32 scalar; its cotangent is 1, so that a sum of several cotangents, or none, can be told.
+        packed: the packed batch.
+        step: for learning rate schedules.
+    """
+    del lookups, step
+    return lookup_features(packed, variables, plan)[0]
+
+
+def _forward(plan, variables, lookups, packed, step):
+    del lookups
+    _note_differentiated(variables, plan)
+    features, stacked = lookup_features(packed, variables, plan)
+    return features, (variables, packed, step, stacked)
+
+
+def _backward(plan, residuals, gradients):
+    variables, packed, step, stacked = residuals
+    new = update_features(gradients, packed, variables, plan, step, stacked)
+    return new, jnp.ones((), jnp.float32), None, None
+
+
+lookup_and_update.defvjp(_forward, _backward)

@@ -1,0 +1,106 @@
+"""The lookup primitive: packed ids and tables to the activations of every stack."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from embax._ops import native
+from embax._ops.backend import chosen_backend
+from embax._ops.geometry import Geometry, StackGeometry
+from embax._ops.segments import entries_of, physical_rows, sum_runs
+from embax._preprocess.buffers import PreprocessedInput
+
+lookup_p = Primitive("embax_lookup")
+lookup_p.multiple_results = True
+
+
+def lookup_stacks(packed: PreprocessedInput, tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
+    """Activations of every stack.
+
+    Args:
+        packed: a batch packed for one device.
+        tables: float32[rows, dim] of each stack.
+        geometry: static.
+
+    Returns:
+        float32[num_sparsecores * samples_per_sparsecore, dim] of each stack.
+    """
+    return lookup_p.bind(
+        packed.row_pointers,
+        packed.embedding_ids,
+        packed.sample_ids,
+        packed.gains,
+        *tables,
+        geometry=geometry,
+        backend=chosen_backend(),
+    )
+
+
+def _quantize(rows: jax.Array, quantization: tuple[float, float, int] | None) -> jax.Array:
+    if quantization is None:
+        return rows
+    low, high, buckets = quantization
+    step = jnp.float32((high - low) / (buckets - 1))
+    return jnp.round((jnp.clip(rows, low, high) - low) / step) * step + low
+
+
+def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGeometry) -> jax.Array:
+    num_samples = geometry.num_samples(stack)
+    partition, ids, sample, gain = entries_of(*arrays, geometry, stack)
+    order = jnp.argsort(sample, stable=True)
+    sample = sample[order]
+    rows = physical_rows(
+        partition[order], ids[order], sample < num_samples, geometry.num_sparsecores, table.shape[0]
+    )
+    values = _quantize(table.at[rows].get(mode="fill", fill_value=0), stack.quantization)
+    values = jnp.where((rows < table.shape[0])[:, None], gain[order][:, None] * values, 0.0)
+    _, sums = sum_runs(sample, values)
+    wanted = jnp.arange(num_samples, dtype=sample.dtype)
+    last = jnp.searchsorted(sample, wanted, side="right") - 1
+    present = (last >= 0) & (sample[last] == wanted)
+    return jnp.where(present[:, None], sums[last], 0.0)
+
+
+def _portable(row_pointers, ids, samples, gains, *tables, geometry: Geometry, backend: str):
+    del backend
+    arrays = (row_pointers, ids, samples, gains)
+    return [
+        _portable_stack(arrays, table, geometry, stack)
+        for table, stack in zip(tables, geometry.stacks, strict=True)
+    ]
+
+
+@functools.cache
+def _jitted(**params):
+    return jax.jit(functools.partial(lookup_p.bind, **params))
+
+
+@lookup_p.def_impl
+def _run(*operands, **params):
+    return _jitted(**params)(*operands)
+
+
+@lookup_p.def_abstract_eval
+def _shapes(row_pointers, ids, samples, gains, *tables, geometry: Geometry, backend: str):
+    del row_pointers, ids, samples, gains, backend
+    return [
+        jax.core.ShapedArray((geometry.num_samples(stack), table.shape[1]), table.dtype)
+        for table, stack in zip(tables, geometry.stacks, strict=True)
+    ]
+
+
+_lower_portable = mlir.lower_fun(_portable, multiple_results=True)
+
+
+def _lower_cpu(context, *operands, geometry: Geometry, backend: str):
+    if backend == "native":
+        return native.lower_lookup(context, *operands, geometry=geometry)
+    return _lower_portable(context, *operands, geometry=geometry, backend=backend)
+
+
+mlir.register_lowering(lookup_p, _lower_portable)
+mlir.register_lowering(lookup_p, _lower_cpu, platform="cpu")

@@ -1,0 +1,151 @@
+"""The tables and slots of all stacks, and their first values."""
+
+import functools
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from embax._ops import native
+from embax._stacking.layout import physical_rows
+from embax._stacking.plan import Plan, RowPlacement, StackPlan, make_plan, table_specs
+from embax.optimizers._base import Initializer
+
+CHUNK_ROWS = 1 << 16
+"""Rows that are drawn at a time. The values depend on it: changing it changes what a key draws."""
+
+
+class EmbeddingVariables(NamedTuple):
+    """The variables of one stack.
+
+    Args:
+        table: float32[rows, dim].
+        slot: slot variables of the optimizer, a NamedTuple of arrays like `table`.
+    """
+
+    table: Any
+    slot: Any
+
+
+def _made_by(initializer: Initializer, *makers) -> bool:
+    """Whether one of `makers`, functions of `jax.nn.initializers`, returned `initializer`."""
+    code = getattr(initializer, "__code__", None)
+    return code is not None and any(code is maker.__code__ for maker in makers)
+
+
+def _same_for_every_row(initializer: Initializer) -> bool:
+    init = jax.nn.initializers
+    return _made_by(initializer, init.zeros, init.ones, init.constant(0.0))
+
+
+def _independent_of_shape(initializer: Initializer) -> bool:
+    init = jax.nn.initializers
+    return _made_by(initializer, init.uniform(), init.normal(), init.truncated_normal())
+
+
+@functools.partial(jax.jit, static_argnames="num_rows")
+def _fill(row: jax.Array, num_rows: int) -> jax.Array:
+    """float32[num_rows, dim] whose rows are all `row`, in memory pages that suit random access where there are such."""
+
+    def native_fill(row):
+        native.register()
+        shape = jax.ShapeDtypeStruct((num_rows, row.shape[0]), row.dtype)
+        return jax.ffi.ffi_call("embax_fill", shape)(row)
+
+    def portable_fill(row):
+        return jnp.broadcast_to(row[None], (num_rows, row.shape[0]))
+
+    return jax.lax.platform_dependent(row, cpu=native_fill, default=portable_fill)
+
+
+@functools.partial(jax.jit, static_argnames=("initializer", "dim", "num_sparsecores"), donate_argnames="stacked")
+def _draw_by_chunks(
+    stacked: jax.Array, key: jax.Array, placement: RowPlacement, *, initializer: Initializer, dim: int, num_sparsecores: int
+) -> jax.Array:
+    """Draws a table into its place; chunk `c` holds rows from `c * CHUNK_ROWS` on and has a key of its own."""
+    num_rows = stacked.shape[0]
+
+    def draw(chunk, stacked):
+        values = initializer(jax.random.fold_in(key, chunk), (CHUNK_ROWS, dim), jnp.float32)
+        ids = chunk * CHUNK_ROWS + jnp.arange(CHUNK_ROWS, dtype=jnp.int32)
+        rows = physical_rows(ids, placement, num_rows, num_sparsecores)
+        rows = jnp.where(ids < placement.vocabulary_size, rows, num_rows)
+        return stacked.at[rows, :dim].set(values, mode="drop", unique_indices=True)
+
+    chunks = (placement.vocabulary_size + CHUNK_ROWS - 1) // CHUNK_ROWS
+    return jax.lax.fori_loop(0, chunks, draw, stacked)
+
+
+@functools.partial(jax.jit, static_argnames="num_sparsecores", donate_argnames="stacked")
+def _place(stacked: jax.Array, values: jax.Array, placement: RowPlacement, *, num_sparsecores: int) -> jax.Array:
+    ids = jnp.arange(values.shape[0], dtype=jnp.int32)
+    rows = physical_rows(ids, placement, stacked.shape[0], num_sparsecores)
+    return stacked.at[rows, : values.shape[1]].set(values, unique_indices=True)
+
+
+def _initialize(key: jax.Array, plan: Plan, stack: StackPlan, initializers: dict[str, Initializer]) -> jax.Array:
+    """One array of a stack; `initializers` by table name. What belongs to no table is 0, or the constant."""
+    num_rows, dim = stack.shape
+    first = initializers[stack.tables[0].name]
+    filled = _same_for_every_row(first)
+    stacked = _fill(first(key, (1, dim), jnp.float32)[0] if filled else jnp.zeros(dim, jnp.float32), num_rows)
+    for table in stack.tables:
+        initializer = initializers[table.name]
+        if filled and initializer is first:
+            continue
+        table_key = jax.random.fold_in(key, zlib.crc32(table.name.encode()))
+        if _independent_of_shape(initializer):
+            stacked = _draw_by_chunks(
+                stacked,
+                table_key,
+                table.rows,
+                initializer=initializer,
+                dim=table.embedding_dim,
+                num_sparsecores=plan.num_sparsecores,
+            )
+        else:
+            shape = (table.vocabulary_size, table.embedding_dim)
+            values = jnp.asarray(initializer(table_key, shape, jnp.float32))
+            if values.shape != shape or values.dtype != jnp.float32:
+                raise ValueError(
+                    f"Table {table.name!r}: an initializer returned {values.dtype}{list(values.shape)}; it must return "
+                    f"float32{list(shape)}."
+                )
+            stacked = _place(stacked, values, table.rows, num_sparsecores=plan.num_sparsecores)
+    return stacked
+
+
+def init_embedding_variables(rng: jax.Array, specs: Any) -> dict[str, EmbeddingVariables]:
+    """The first values of all tables and slots.
+
+    The values of a table depend on the key and the table's name and sizes alone, not on the number of devices or
+    SparseCores or on what it is stacked with. Initializers of `jax.nn.initializers` that draw each element independently
+    (uniform, normal, truncated_normal) and constants need no memory beside the result.
+
+    Args:
+        rng: a PRNG key.
+        specs: pytree of placed `FeatureSpec`.
+
+    Returns:
+        For each stack its `EmbeddingVariables`: float32[stack_vocab_size, stack_embedding_dim] arrays.
+
+    Raises:
+        ValueError: the specs have not been placed, or an initializer returned another shape or dtype.
+    """
+    plan = make_plan(specs)
+    if plan.num_devices != 1:
+        raise ValueError(
+            f"The specs were placed for {plan.num_devices} devices; tables are made on one device. Place them with "
+            "global_device_count=1."
+        )
+    initializers = {name: table.initializer for name, table in table_specs(specs).items()}
+    variables = {}
+    for stack in plan.stacks:
+        slots = stack.optimizer.slot_variables_initializers()
+        values = [
+            _initialize(jax.random.fold_in(rng, number), plan, stack, by_table)
+            for number, by_table in enumerate([initializers, *(dict.fromkeys(initializers, slot) for slot in slots)])
+        ]
+        variables[stack.name] = EmbeddingVariables(values[0], type(slots)(*values[1:]))
+    return variables

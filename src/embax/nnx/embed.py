@@ -1,0 +1,174 @@
+"""`SparseCoreEmbed` for Flax NNX: large embedding tables that are updated in place in the backward pass."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from embax._lookup_vjp import lookup_and_update
+from embax._matmul import feature_structure, read_rows
+from embax._preprocess.buffers import PreprocessedInput
+from embax._preprocess.pack import Packer
+from embax._stacking.plan import make_plan
+from embax._stacking.stack import copy_feature_specs, prepare_feature_specs_for_training
+from embax._variables import EmbeddingVariables, init_embedding_variables
+
+
+class EmbeddingVariablesParam(nnx.Param):
+    """Tables and slots of a `SparseCoreEmbed`. What differentiation returns for it is not a gradient: it is the new value."""
+
+
+class _Features:
+    """A placed feature tree as a static attribute: compared by identity, so that no trace looks into it."""
+
+    def __init__(self, specs: Any) -> None:
+        self.specs = specs
+        self.structure = feature_structure(specs)
+        self.plan = make_plan(specs)
+
+
+class SparseCoreEmbed(nnx.Module):
+    """Looks features up in large embedding tables, and updates the tables as it is differentiated.
+
+    Use it like any layer, under `nnx.jit` with the model donated, `nnx.value_and_grad` and `PartitionedOptimizer`. The
+    backward pass applies each table's own optimizer to the rows that the batch touched and returns the new tables in the
+    place of their gradient, so a step must call the layer once.
+
+    Args:
+        feature_specs: pytree of `FeatureSpec`. Specs that are not placed yet are placed in a copy.
+        rngs: source of the key that draws the tables, `rngs.params()`.
+        limits: "grow", the packed buffers grow with the batches, recompiling the step now and then, or "raise", a batch
+            beyond the limits of the specs is a ValueError.
+        num_sc_per_device: SparseCores of the device; None means its own (4 virtual ones off TPU).
+
+    Attributes:
+        embedding_table: `EmbeddingVariables` of each stack by name.
+
+    Raises:
+        ValueError: the specs are inconsistent.
+
+    Example:
+        >>> embed = SparseCoreEmbed(features, rngs=nnx.Rngs(0))
+        >>> activations = embed(embed.preprocess(ids))
+    """
+
+    def __init__(
+        self,
+        feature_specs: Any,
+        *,
+        rngs: nnx.Rngs,
+        limits: str = "grow",
+        num_sc_per_device: int | None = None,
+    ):
+        specs = copy_feature_specs(feature_specs)
+        prepare_feature_specs_for_training(specs, 1, num_sc_per_device)
+        self._features = nnx.static(_Features(specs))
+        self._packer = nnx.static(Packer(self._features.plan, limits=limits))
+        self.embedding_table = EmbeddingVariablesParam(init_embedding_variables(rngs.params(), specs))
+        # Its "gradient" is the number of differentiated lookups that the gradient of the tables is the sum of.
+        self.lookups = EmbeddingVariablesParam(jnp.zeros((), jnp.float32))
+
+    @property
+    def feature_specs(self) -> Any:
+        """The placed feature specs."""
+        return self._features.specs
+
+    def preprocess(self, ids: Any, weights: Any = None) -> PreprocessedInput:
+        """Packs a batch on the host, ahead of the jitted step; may run in another thread.
+
+        Args:
+            ids: ids of each feature, in the structure of the specs: see `embax.preprocess`.
+            weights: None, or float weights of the same structure and shapes.
+
+        Returns:
+            The packed batch, to be passed into the step.
+
+        Raises:
+            ValueError: an id or a weight is not valid, or under `limits="raise"` a limit is exceeded.
+        """
+        return self._packer.preprocess(ids, weights, structure=self._features.structure)
+
+    def __call__(self, packed: PreprocessedInput, step: int | jax.Array | None = None) -> Any:
+        """The activations of a packed batch.
+
+        Args:
+            packed: what `preprocess` returned.
+            step: the number of the step, for learning rate schedules.
+
+        Returns:
+            float32[batch, output_dim] of each feature, in the structure of the specs.
+
+        Raises:
+            ValueError: the batch was packed for other specs, or a schedule needs `step`.
+        """
+        if not isinstance(packed, PreprocessedInput):
+            raise ValueError(
+                f"SparseCoreEmbed was called with {type(packed).__name__}; it takes a packed batch: call "
+                "embed(embed.preprocess(ids)), with preprocess outside jit."
+            )
+        activations = lookup_and_update(
+            self._features.plan, self.embedding_table.get_value(), self.lookups.get_value(), packed, step
+        )
+        return jax.tree.unflatten(self._features.structure, activations)
+
+    def rows(self, table: str, ids: Any) -> jax.Array:
+        """Rows of a table by id: see `embax.read_rows`."""
+        return read_rows(self.embedding_table.get_value(), table, ids, specs=self._features.specs)
+
+
+def _new_variables(before: Mapping[str, EmbeddingVariables], after: Mapping[str, EmbeddingVariables], lookups: jax.Array):
+    """The variables after a step whose differentiated lookups were `lookups` in number.
+
+    XLA folds the number, a constant of the compiled step, and with it the choice: one lookup costs nothing.
+    """
+    if not isinstance(lookups, jax.core.Tracer) and lookups > 1:
+        raise ValueError(
+            f"The tables were looked up {int(lookups)} times in one differentiated step. The backward pass of a lookup "
+            "updates the tables, and several updates of one table cannot be added. Look all batches up in one call."
+        )
+    # Without a lookup the gradients are zeros: keep the tables. Of several the sum means nothing: show it as NaN.
+    choose = lambda old, new: jnp.where(lookups == 1, new, jnp.where(lookups == 0, old, jnp.nan))  # noqa: E731
+    return jax.tree.map(choose, before, after)
+
+
+class PartitionedOptimizer(nnx.Optimizer):
+    """Steps the dense parameters of a model with optax, and takes over the tables that the backward pass has updated.
+
+    Args:
+        model: a model that holds any number of `SparseCoreEmbed`.
+        dense_optimizer: optax transformation of all other `nnx.Param`.
+
+    Example:
+        >>> optimizer = PartitionedOptimizer(model, optax.adam(1e-3))
+        >>> @functools.partial(nnx.jit, donate_argnames=("model", "optimizer"))
+        ... def train_step(model, optimizer, packed, labels):
+        ...     loss, gradients = nnx.value_and_grad(loss_of)(model, packed, labels)
+        ...     optimizer.update(model, gradients)
+        ...     return loss
+    """
+
+    def __init__(self, model: nnx.Module, dense_optimizer: optax.GradientTransformation):
+        super().__init__(model, dense_optimizer, wrt=nnx.All(nnx.Param, nnx.Not(EmbeddingVariablesParam)))
+
+    def update(self, model: nnx.Module, grads: Any, /, **kwargs: Any) -> Any:
+        """Updates model and optimizer state from what `nnx.value_and_grad` returned, in place.
+
+        Args:
+            model: the model that was differentiated.
+            grads: its gradients.
+            **kwargs: passed on to optax.
+
+        Returns:
+            The updates of the dense parameters.
+        """
+        tables, dense = nnx.split_state(grads, EmbeddingVariablesParam, ...)
+        flat = dict(nnx.to_flat_state(tables))
+        for path, module in nnx.iter_graph(model):
+            if isinstance(module, SparseCoreEmbed) and (*path, "embedding_table") in flat:
+                new = flat[(*path, "embedding_table")].get_value()
+                lookups = flat[(*path, "lookups")].get_value()
+                module.embedding_table.set_value(_new_variables(module.embedding_table.get_value(), new, lookups))
+        return super().update(model, dense, **kwargs)
