@@ -39,7 +39,7 @@ def _fit(model: LogisticRegression | HistGradientBoostingClassifier, inputs, dat
 
 
 def one_hot(dataset: Dataset) -> scipy.sparse.csr_matrix:
-    """float64[samples, dense inputs + rows of each feature's table]; a multivalent sample has the mean of its one-hots."""
+    """float64[samples, dense inputs + rows of each feature's table]; several ids of a sample share a weight of 1."""
     blocks = [scipy.sparse.csr_matrix(dataset.dense.astype(np.float64))]
     for feature in dataset.features.values():
         if isinstance(feature.ids, RaggedIds):

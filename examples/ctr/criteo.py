@@ -17,6 +17,7 @@ from .hashing import hash_rows
 
 INTEGERS, CATEGORIES = 13, 26
 COLUMNS = ["label", *(f"I{i + 1}" for i in range(INTEGERS)), *(f"C{i + 1}" for i in range(CATEGORIES))]
+SPLITS = ("first 80%", "next 10%", "last 10%")
 CHUNK_LINES = 65_536
 REMEDY = "Give --data a file in the format of the Criteo click logs, plain or gzip."
 MISSING = 1 << 32  # outside of the 8 hexadecimal digits, so that a missing category is a category of its own
@@ -47,12 +48,12 @@ def load(path: Path, rows_per_column: int) -> Dataset:
         raise ValueError(f"{path} holds no lines; expected lines of {len(COLUMNS)} tab-separated fields. {REMEDY}")
     labels, integers, ids = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
     size = len(labels)
-    train, validation, test = slice(0, size * 8 // 10), slice(size * 8 // 10, size * 9 // 10), slice(size * 9 // 10, size)
-    for name, part in (("first 80%", train), ("next 10%", validation), ("last 10%", test)):
+    train, validation, test = (slice(size * a // 10, size * b // 10) for a, b in ((0, 8), (8, 9), (9, 10)))
+    for name, part in zip(SPLITS, (train, validation, test), strict=True):
         if len(np.unique(labels[part])) < 2:
             raise ValueError(
-                f"{path}: the {name} of its {size:,} lines (lines {part.start + 1} to {part.stop}) do not have both labels; "
-                "expected at least one 0 and one 1 there, to train and to compute an AUC. Give a longer file."
+                f"{path}: the {name} of its {size:,} lines (lines {part.start + 1} to {part.stop}) do not have both "
+                "labels; expected at least one 0 and one 1 there, to train and to compute an AUC. Give a longer file."
             )
     return Dataset(
         title=f"{path.name}: {size:,} lines in Criteo format",
@@ -64,7 +65,7 @@ def load(path: Path, rows_per_column: int) -> Dataset:
         train=train,
         validation=validation,
         test=test,
-        split_names=("first 80%", "next 10%", "last 10%"),
+        split_names=SPLITS,
         showcase="C1",
     )
 
@@ -78,7 +79,7 @@ def _chunks(path: Path) -> Iterator[list[bytes]]:
         is_gzip = plain.read(2) == b"\x1f\x8b"
         plain.seek(0)
         try:
-            for number, raw in enumerate(gzip.open(plain) if is_gzip else plain, 1):
+            for number, raw in enumerate(gzip.GzipFile(fileobj=plain) if is_gzip else plain, 1):
                 line = raw.rstrip(b"\r\n")
                 if not _LINE.fullmatch(line):
                     _explain(path, number, line)
@@ -88,8 +89,8 @@ def _chunks(path: Path) -> Iterator[list[bytes]]:
                     chunk = []
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(
-                f"{path}: the gzip stream is damaged or cut off after line {number} ({error}); expected a complete one. "
-                "Download or compress the file again (gzip --test checks it)."
+                f"{path}: the gzip stream is damaged or cut off after line {number} ({error}); expected a complete "
+                "one. Download or compress the file again (gzip --test checks it)."
             ) from error
     if chunk:
         yield chunk
@@ -108,7 +109,8 @@ def _explain(path: Path, number: int, line: bytes) -> NoReturn:
         if not re.fullmatch(pattern, field):
             value = field[:40].decode("utf-8", "backslashreplace")
             raise ValueError(
-                f"{path}, line {number}, field {place} (column {name}): {value!r}; expected {_EXPECTED[pattern]}. {remedy}"
+                f"{path}, line {number}, field {place} (column {name}): {value!r}; "
+                f"expected {_EXPECTED[pattern]}. {remedy}"
             )
     raise AssertionError("a line whose fields all match must match")
 

@@ -99,9 +99,9 @@ class Dataset:
 
 
 def standardise(dense: np.ndarray, train: slice) -> np.ndarray:
-    """Float32 copy of ``dense`` [samples, inputs] with mean 0 and deviation 1 on the training slice; NaN becomes the mean.
+    """Float32 copy of ``dense`` [samples, inputs] with mean 0 and deviation 1 on the training slice.
 
-    Values further than five deviations from the mean are cut there: one odd reading must not steer the model.
+    NaN becomes the mean. Values are cut at five deviations from it: one odd reading must not steer the model.
     """
     known = dense[train]
     scale = np.nanstd(known, axis=0)

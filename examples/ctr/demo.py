@@ -51,9 +51,9 @@ def run(settings: Settings) -> None:
     _describe(dataset)
 
     model, optimizer = new_model(dataset, settings.batch_size, settings.epochs, settings.seed)
-    history = train(model, optimizer, dataset, epochs=settings.epochs, batch_size=settings.batch_size, seed=settings.seed)
-    predicted = predict(model, dataset, dataset.test)
+    history = train(model, optimizer, dataset, settings.batch_size, settings.epochs, settings.seed)
     print(f"trained at {history.samples_per_second:,.0f} samples/s; now the scikit-learn baselines")
+    predicted = predict(model, dataset, dataset.test)
     logistic, trees = baselines.logistic_regression(dataset), baselines.gradient_boosting(dataset)
     labels = dataset.labels[dataset.test]
     by_logistic = logistic(dataset.test)
@@ -82,7 +82,7 @@ def run(settings: Settings) -> None:
 
 
 def check_restore(settings: Settings) -> None:
-    """Restores the checkpoint of an earlier run into a model of another seed; exits with 1 if its predictions differ."""
+    """Restores the checkpoint of a run into a model of another seed; exits with 1 if the predictions differ."""
     dataset = settings.load()
     model, optimizer = new_model(dataset, settings.batch_size, settings.epochs, settings.seed + 1)
     embax.nnx.checkpoint.restore((settings.out / CHECKPOINT).absolute(), model, optimizer)
@@ -95,8 +95,8 @@ def check_restore(settings: Settings) -> None:
 
 def _restore_in_new_process(settings: Settings) -> None:
     """Runs ``check_restore`` in a fresh interpreter; raises CalledProcessError if it fails."""
-    given = dataclasses.asdict(settings).items()
-    options = [text for name, value in given if value is not None for text in ("--" + name.replace("_", "-"), str(value))]
+    given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     sys.stdout.flush()
     subprocess.run([sys.executable, "-m", __package__, *options, "--check-restore"], check=True)
 
@@ -105,12 +105,15 @@ def _describe(dataset: Dataset) -> None:
     """What the data is, in a few lines."""
     print(dataset.title)
     print(f"question: which {dataset.positive}?")
-    parts = zip(("train", "validation", "test"), dataset.split_names, (dataset.train, dataset.validation, dataset.test), strict=True)
-    for role, name, part in parts:
+    parts = (dataset.train, dataset.validation, dataset.test)
+    for role, name, part in zip(("train", "validation", "test"), dataset.split_names, parts, strict=True):
         share = dataset.labels[part].mean()
         print(f"  {role:<10} {part.stop - part.start:>9,} samples, {share:.1%} positive  ({name})")
     rows = sum(table.rows for table in dataset.tables.values())
-    print(f"  {len(dataset.features)} categorical features on {len(dataset.tables)} tables with {rows:,} rows in all", end=", ")
+    print(
+        f"  {len(dataset.features)} categorical features on {len(dataset.tables)} tables with {rows:,} rows in all",
+        end=", ",
+    )
     print(f"{dataset.dense.shape[1]} dense inputs")
 
 

@@ -72,7 +72,7 @@ def build(frames: Frames) -> Dataset:
         features[name] = Feature(name, hash_rows([ids[part] for part in parts], CROSS_ROWS, salt), is_cross=True)
 
     return Dataset(
-        title=f"nycflights13: {len(schedule):,} flights of 2013 ({(~arrived).sum():,} cancelled or diverted ones dropped)",
+        title=f"nycflights13: {arrived.sum():,} flights; dropped {(~arrived).sum():,} cancelled or diverted ones",
         positive=f"arrives {LATE_MINUTES} or more minutes late",
         features=features,
         tables=tables,
@@ -184,7 +184,10 @@ def _weather(schedule: pd.DataFrame, weather: pd.DataFrame) -> np.ndarray:
     """float64[flights, inputs]: the last observation at the origin before the hour of scheduled departure begins."""
     seen = weather.assign(time=pd.to_datetime(weather["time_hour"], utc=True)).sort_values("time", kind="stable")
     direction = np.deg2rad(seen["wind_dir"])
-    seen["wind_north"], seen["wind_east"] = seen["wind_speed"] * np.cos(direction), seen["wind_speed"] * np.sin(direction)
+    seen["wind_north"], seen["wind_east"] = (
+        seen["wind_speed"] * np.cos(direction),
+        seen["wind_speed"] * np.sin(direction),
+    )
     seen["gust"] = seen["wind_gust"].fillna(seen["wind_speed"])
     seen["rain"] = np.log1p(100 * seen["precip"])
     seen["fog"] = np.log(seen["visib"] + 0.1)
@@ -192,7 +195,11 @@ def _weather(schedule: pd.DataFrame, weather: pd.DataFrame) -> np.ndarray:
     now = ["temp", "spread", "humid", "wind_north", "wind_east", "wind_speed", "gust", "rain", "fog", "pressure"]
 
     by_origin = seen.groupby("origin")
-    for name in ("rain", "fog", "gust"):  # the worst or mean of the last six hours: queues take time to build and to clear
+    for name in (
+        "rain",
+        "fog",
+        "gust",
+    ):  # the worst or mean of the last six hours: queues take time to build and to clear
         seen[name + "_6h"] = by_origin[name].transform(lambda past: past.rolling(6, min_periods=1).mean())
     seen["pressure_change"] = by_origin["pressure"].transform(lambda past: past - past.shift(3))
     columns = [*now, "rain_6h", "fog_6h", "gust_6h", "pressure_change"]

@@ -4,12 +4,15 @@ Naumov et al., Deep Learning Recommendation Model for Personalization and Recomm
 Cheng et al., Wide & Deep Learning for Recommender Systems, 2016.
 """
 
-import embax
-import embax.nnx.embed
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+import embax
+import embax.nnx.embed
 
 from .dataset import Dataset, Ids, RaggedIds
 
@@ -70,7 +73,7 @@ class ClickModel(nnx.Module):
         self.bottom = nnx.Linear(inputs, BOTTOM_WIDTH, rngs=rngs)
         self.bottom_out = nnx.Linear(BOTTOM_WIDTH, DEEP_DIM, rngs=rngs)
         widths = (vectors * (vectors - 1) // 2 + vectors * DEEP_DIM + inputs, *TOP_WIDTHS)
-        self.top = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)])
+        self.top = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
         self.top_out = nnx.Linear(widths[-1], 1, kernel_init=jax.nn.initializers.normal(0.01), rngs=rngs)
         self.wide_dense = nnx.Linear(inputs, 1, kernel_init=jax.nn.initializers.zeros, rngs=rngs)
         self.dropout = nnx.Dropout(DROPOUT, rngs=rngs)

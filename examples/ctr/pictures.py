@@ -20,8 +20,8 @@ def draw_curves(history: History, logistic: Score, dataset: Dataset, path: Path)
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     validation = dataset.split_names[1]
-    passes = np.array([position for position, _ in history.validations]) / len(dataset.rows(dataset.train))
-    scores = [scored for _, scored in history.validations]
+    passes = np.array(history.seen) / len(dataset.rows(dataset.train))
+    scores = history.validations
     left.plot(passes, history.losses, "o-", color=ORANGE, label=f"training, {dataset.split_names[0]}")
     left.plot(passes, [scored.log_loss for scored in scores], "o-", color=BLUE, label=f"validation, {validation}")
     left.axhline(logistic.log_loss, color=GREY, linestyle="--", label=f"logistic regression, {validation}")
@@ -79,7 +79,9 @@ def draw_embeddings(rows: np.ndarray, dataset: Dataset, path: Path) -> None:
     dots = left.scatter(*plane.T, c=shares, s=12 + 250 * counts / counts.max(), cmap="viridis", alpha=0.85)
     figure.colorbar(dots, ax=left, label=f"share of training samples of which each {dataset.positive}")
     for place, row in zip(plane, frequent, strict=True):
-        left.annotate(table.names[row] if table.names else str(row), place, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        left.annotate(
+            table.names[row] if table.names else str(row), place, fontsize=7, xytext=(3, 3), textcoords="offset points"
+        )
     left.set(
         title=f"Rows of the table {dataset.showcase!r} (size: number of samples)",
         xlabel=f"first principal component ({explained[0]:.0%} of the variance)",

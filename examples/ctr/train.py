@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-import embax.nnx.embed
 import jax
 import numpy as np
 import optax
 from flax import nnx
 from tqdm import tqdm
+
+import embax.nnx.embed
 
 from .dataset import Dataset
 from .metrics import Score, score
@@ -31,56 +32,72 @@ T, U = TypeVar("T"), TypeVar("U")
 
 @dataclasses.dataclass
 class History:
-    """Curves of a training run; positions are samples seen.
+    """Curves of a training run, with an entry for each stretch between two validations.
 
     Attributes:
-      losses: (position, mean loss since the last entry).
-      validations: (position, score on the validation slice).
-      samples_per_second: over the training steps alone.
+      seen: training samples up to the end of the stretch, counting every pass.
+      losses: mean training loss in the stretch.
+      validations: score on the validation slice after it.
+      samples_per_second: of the training steps, the compilation of the first one included.
     """
 
-    losses: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    validations: list[tuple[int, Score]] = dataclasses.field(default_factory=list)
+    seen: list[int] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    validations: list[Score] = dataclasses.field(default_factory=list)
     samples_per_second: float = 0.0
 
 
-def new_model(dataset: Dataset, batch_size: int, steps: int, seed: int) -> tuple[ClickModel, nnx.Optimizer]:
-    """A fresh model and its optimizer, whose learning rate falls to zero over ``steps`` along a cosine."""
+def new_model(dataset: Dataset, batch_size: int, epochs: int, seed: int) -> tuple[ClickModel, nnx.Optimizer]:
+    """A fresh model and its optimizer, whose learning rate falls to zero over the training along a cosine.
+
+    Raises:
+      ValueError: a batch is larger than the training slice.
+    """
+    samples = dataset.train.stop - dataset.train.start
+    if not 0 < batch_size <= samples:
+        raise ValueError(
+            f"--batch-size is {batch_size}; expected 1 to {samples}, the number of training samples. "
+            "Choose a smaller batch."
+        )
+    steps = epochs * (samples // batch_size)
     model = ClickModel(dataset, batch_size, rngs=nnx.Rngs(seed))
     schedule = optax.cosine_decay_schedule(DENSE_LEARNING_RATE, steps)
     return model, embax.nnx.embed.PartitionedOptimizer(model, optax.adam(schedule))
 
 
-def train(model: ClickModel, optimizer, dataset: Dataset, *, epochs: int, batch_size: int, seed: int) -> History:
-    """Trains ``model`` in place on the training slice."""
-    shuffle = np.random.default_rng(seed)
-    samples = dataset.rows(dataset.train)
+def train(
+    model: ClickModel, optimizer: nnx.Optimizer, dataset: Dataset, batch_size: int, epochs: int, seed: int
+) -> History:
+    """Trains ``model`` in place on the training slice, with a progress bar."""
+    samples, shuffle = dataset.rows(dataset.train), np.random.default_rng(seed)
     steps = len(samples) // batch_size
-    validate_after = {steps * (i + 1) // VALIDATIONS_PER_EPOCH for i in range(VALIDATIONS_PER_EPOCH)} - {0}
-    history, seconds, seen = History(), 0.0, 0
-    in_flight, losses = deque(), []
-    with tqdm(total=epochs * steps * batch_size, unit="samples", unit_scale=True, smoothing=0.05) as bar:
-        for epoch in range(epochs):
-            batches = np.split(shuffle.permutation(samples)[: steps * batch_size], steps)
-            started = time.perf_counter()
-            for step, (packed, dense, labels) in enumerate(_packed(model, dataset, batches), 1):
-                in_flight.append(_train_step(model, optimizer, packed, dense, labels))
-                seen += batch_size
-                if len(in_flight) == STEPS_IN_FLIGHT:
-                    losses.append(float(in_flight.popleft()))
-                bar.update(batch_size)
-                if step in validate_after:
-                    losses += map(float, in_flight)
-                    in_flight.clear()
-                    seconds += time.perf_counter() - started
-                    history.losses.append((seen, float(np.mean(losses))))
-                    history.validations.append((seen, _validate(model, dataset)))
-                    bar.set_postfix_str(f"epoch {epoch + 1}, loss {history.losses[-1][1]:.4f}")
-                    losses.clear()
-                    started = time.perf_counter()
-            seconds += time.perf_counter() - started
-    history.samples_per_second = seen / seconds
+    history, seconds = History(), 0.0
+    with tqdm(total=epochs * steps * batch_size, unit=" samples", unit_scale=True, mininterval=0.5) as bar:
+        for _ in range(epochs):
+            batches = shuffle.permutation(samples)[: steps * batch_size].reshape(steps, batch_size)
+            for stretch in np.array_split(batches, min(steps, VALIDATIONS_PER_EPOCH)):
+                started = time.perf_counter()
+                losses = _train_on(model, optimizer, dataset, stretch, bar)
+                seconds += time.perf_counter() - started
+                history.seen.append(bar.n)
+                history.losses.append(float(np.mean(losses)))
+                validation = predict(model, dataset, dataset.validation)
+                history.validations.append(score(dataset.labels[dataset.validation], validation))
+    history.samples_per_second = bar.n / seconds
     return history
+
+
+def _train_on(
+    model: ClickModel, optimizer: nnx.Optimizer, dataset: Dataset, batches: np.ndarray, bar: tqdm
+) -> list[float]:
+    """A step for each of ``batches``, int64[steps, batch_size] positions; returns their losses."""
+    losses = []
+    for packed, dense, labels in _packed(model, dataset, batches):
+        losses.append(_train_step(model, optimizer, packed, dense, labels))
+        if len(losses) > STEPS_IN_FLIGHT:
+            bar.set_postfix_str(f"loss {losses[-STEPS_IN_FLIGHT]:.4f}", refresh=False)  # waits for that step
+        bar.update(len(labels))
+    return [float(loss) for loss in losses]
 
 
 def predict(model: ClickModel, dataset: Dataset, part: slice) -> np.ndarray:
@@ -88,18 +105,15 @@ def predict(model: ClickModel, dataset: Dataset, part: slice) -> np.ndarray:
     rows = dataset.rows(part)
     batches = np.split(rows, range(PREDICTION_BATCH, len(rows), PREDICTION_BATCH))
     model.eval()
-    probabilities = [np.asarray(_predict_step(model, packed, dense)) for packed, dense, _ in _packed(model, dataset, batches)]
+    packed_batches = _packed(model, dataset, batches)
+    probabilities = [np.asarray(_predict_step(model, packed, dense)) for packed, dense, _ in packed_batches]
     model.train()
     return np.concatenate(probabilities)
 
 
-def _validate(model: ClickModel, dataset: Dataset) -> Score:
-    return score(dataset.labels[dataset.validation], predict(model, dataset, dataset.validation))
-
-
 @functools.partial(nnx.jit, donate_argnames=("model", "optimizer"))
-def _train_step(model: ClickModel, optimizer, packed, dense: jax.Array, labels: jax.Array) -> jax.Array:
-    """One step; the tables are updated in place in the backward pass, the rest by ``optimizer``. Returns the mean loss."""
+def _train_step(model: ClickModel, optimizer: nnx.Optimizer, packed, dense: jax.Array, labels: jax.Array) -> jax.Array:
+    """One step: the backward pass updates the tables in place, ``optimizer`` the rest. Returns the mean loss."""
 
     def loss(model: ClickModel) -> jax.Array:
         return optax.sigmoid_binary_cross_entropy(model(packed, dense), labels).mean()
