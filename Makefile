@@ -1,0 +1,85 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Everything lives in $(VENV) and build/; nothing else is touched.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+CONSTRAINTS ?=
+
+BIN := $(VENV)/bin
+# What builds the wheel has an environment of its own: it needs the oldest supported jaxlib, the tests the newest. It stays,
+# and so does the build directory of CMake beside it, so that only what changed is compiled again.
+TOOLS := $(VENV)/tools
+PIP := -m pip --disable-pip-version-check
+# Directories too: their time changes when a file is added or removed.
+SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
+  $(shell find src csrc -name __pycache__ -prune -o -path csrc/tests -prune -o -print)
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-versions test-native bench prove-in-place lint format clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.embax $(VENV)/.demo ## Train the click-through example and write its report to demo_output/
+	$(BIN)/python -m examples.ctr --out demo_output
+
+test: $(VENV)/.embax $(VENV)/.test ## Run all tests against the installed wheel (PYTEST_ARGS="-k name" selects)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-versions: ## Run all tests with the oldest and with the newest supported Python and JAX
+	$(MAKE) test VENV=build/venv-oldest PYTHON="$$(.ci/find-python oldest)" CONSTRAINTS=.ci/oldest.txt
+	$(MAKE) test VENV=build/venv-newest PYTHON="$$(.ci/find-python newest)"
+
+test-native: $(TOOLS)/.tools ## Run the C++ tests under the address, undefined-behaviour and thread sanitizers
+	$(call native_tests,asan,address$(,)undefined)
+	$(call native_tests,tsan,thread)
+
+bench: $(VENV)/.embax $(VENV)/.test ## Run the benchmarks
+	$(BIN)/python -m benchmarks.run
+
+prove-in-place: $(VENV)/.embax $(VENV)/.test ## Prove that a step's memory does not depend on the vocabulary
+	$(BIN)/python benchmarks/prove_in_place.py
+
+lint: $(VENV)/.embax $(VENV)/.test $(VENV)/.lint ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.lint ## Format the Python code and apply the safe fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## Remove everything that was built
+	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .hypothesis
+
+, := ,
+define native_tests
+	@cd $(CURDIR) && PATH="$(abspath $(TOOLS))/bin:$$PATH" && set -x && \
+	  cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEMBAX_TESTS=ON -DEMBAX_SANITIZE=$(2) && \
+	  cmake --build build/$(1) --target embax_tests && ctest --test-dir build/$(1) --output-on-failure --no-tests=error
+endef
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("embax needs Python 3.11 or newer: set PYTHON=python3.11 or the like.")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(TOOLS)/.tools: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m venv $(TOOLS)
+	$(TOOLS)/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" \
+	  > $(TOOLS)/requirements.txt
+	$(TOOLS)/bin/python $(PIP) install --quiet --requirement $(TOOLS)/requirements.txt cmake ninja
+	@touch $@
+
+$(VENV)/.embax: $(SOURCES) $(TOOLS)/.tools
+	rm -rf $(VENV)/wheel
+	PATH="$(abspath $(TOOLS))/bin:$$PATH" \
+	  $(TOOLS)/bin/python $(PIP) wheel --quiet --no-deps --no-build-isolation \
+	  --config-settings=build-dir=$(VENV)/build --wheel-dir $(VENV)/wheel .
+	$(BIN)/python $(PIP) install --quiet --no-deps --force-reinstall $(VENV)/wheel/*.whl
+	@touch $@
+
+# The extras of that wheel: installed anew only when pyproject.toml changes.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml $(CONSTRAINTS) | $(VENV)/.embax
+	$(BIN)/python $(PIP) install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) "$$(ls $(VENV)/wheel/*.whl)[$*]"
+	@touch $@

@@ -1,0 +1,38 @@
+"""Shape annotations: jaxtyping's where it is installed, else names that cost nothing and mean nothing.
+
+`Float[Array, "vocab dim"]` documents a shape. Nothing checks it while running; the tests install jaxtyping's import
+hook, which checks it at every call.
+"""
+
+from typing import TYPE_CHECKING
+
+from jax import Array as Array
+from jax.typing import ArrayLike as ArrayLike
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool as Bool
+    from jaxtyping import Float as Float
+    from jaxtyping import Float32 as Float32
+    from jaxtyping import Int as Int
+    from jaxtyping import Int32 as Int32
+    from jaxtyping import PyTree as PyTree
+    from jaxtyping import Shaped as Shaped
+    from jaxtyping import UInt32 as UInt32
+else:
+    try:
+        from jaxtyping import Bool, Float, Float32, Int, Int32, PyTree, Shaped, UInt32
+    except ImportError:
+
+        class _Unchecked:
+            """Stands for a type of jaxtyping: `Float[Array, "vocab dim"]` is `Array`."""
+
+            def __class_getitem__(cls, item):
+                return item[0] if isinstance(item, tuple) else item
+
+        class PyTree:
+            """Stands for jaxtyping's: `PyTree[leaf]` is any tree."""
+
+            def __class_getitem__(cls, item):
+                return object
+
+        Bool = Float = Float32 = Int = Int32 = Shaped = UInt32 = _Unchecked
