@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import jax
 
-import embax
 from benchmarks.steps import Embax, PlainJax, check_equal
 from benchmarks.workloads import WIDE, WORKLOADS, Workload
+from embax import _native
 
 RESULTS = pathlib.Path(__file__).with_name("RESULTS.md")
 
@@ -43,7 +43,7 @@ def machine() -> str:
         (line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    return f"{model}, {os.cpu_count()} cores, {embax.simd()}; Python {platform.python_version()}, jax {jax.__version__}"
+    return f"{model}, {os.cpu_count()} cores, {_native.simd()}; Python {platform.python_version()}, jax {jax.__version__}"
 
 
 def parts(workload: Workload, rounds: int) -> dict[str, float]:

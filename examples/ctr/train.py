@@ -27,7 +27,8 @@ PACKED_AHEAD = 4  # batches that the packing thread may be ahead of the training
 STEPS_IN_FLIGHT = 8  # dispatched steps that may be unfinished: some versions of JAX abort on long queues
 VALIDATIONS_PER_EPOCH = 4
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclasses.dataclass
@@ -83,6 +84,8 @@ def train(
                 history.losses.append(float(np.mean(losses)))
                 validation = predict(model, dataset, dataset.validation)
                 history.validations.append(score(dataset.labels[dataset.validation], validation))
+                auc = history.validations[-1].auc
+                bar.set_postfix_str(f"loss {history.losses[-1]:.4f}, validation AUC {auc:.4f}")
     history.samples_per_second = bar.n / seconds
     return history
 

@@ -66,7 +66,7 @@ class SparseCoreEmbed(nnx.Module):
         specs = copy_feature_specs(feature_specs)
         prepare_feature_specs_for_training(specs, 1, num_sc_per_device)
         self._features = nnx.static(_Features(specs))
-        self._packer = nnx.static(Packer(self._features.plan, limits=limits))
+        self._packer = nnx.static(Packer(specs, limits=limits))
         self.embedding_table = EmbeddingVariablesParam(init_embedding_variables(rngs.params(), specs))
         # Its "gradient" is the number of differentiated lookups that the gradient of the tables is the sum of.
         self.lookups = EmbeddingVariablesParam(jnp.zeros((), jnp.float32))
@@ -89,7 +89,7 @@ class SparseCoreEmbed(nnx.Module):
         Raises:
             ValueError: an id or a weight is not valid, or under `limits="raise"` a limit is exceeded.
         """
-        return self._packer.preprocess(ids, weights, structure=self._features.structure)
+        return self._packer(ids, weights)
 
     def __call__(self, packed: PreprocessedInput, step: int | jax.Array | None = None) -> Any:
         """The activations of a packed batch.
