@@ -42,8 +42,8 @@ class FixedCapacities:
                 if (counts > limit).any():
                     device, sparsecore = divmod(int(counts.argmax()), self._plan.num_sparsecores)
                     raise ValueError(
-                        f"Stack {name!r}: a SparseCore of local device {device} has {counts.max()} {what} for the rows of "
-                        f"SparseCore {sparsecore}, above {field}={limit}. {_remedy(stack, field, int(counts.max()))}"
+                        f"Stack {name!r}: a SparseCore of local device {device} has {counts.max()} {what} for the rows "
+                        f"of SparseCore {sparsecore}, above {field}={limit}. {_remedy(stack, field, int(counts.max()))}"
                     )
             required = stats.required_buffer_size_per_sc[name]
             sparsecores = self._plan.num_sparsecores_per_device
@@ -51,8 +51,8 @@ class FixedCapacities:
                 device, sparsecore = divmod(int(required.argmax()), sparsecores)
                 field, need = "suggested_coo_buffer_size_per_device", int(required.max()) * sparsecores
                 raise ValueError(
-                    f"Stack {name!r}: SparseCore {sparsecore} of local device {device} needs {required.max()} entries of the "
-                    f"packed buffer, above the {capacity // sparsecores} that it gets from {field}="
+                    f"Stack {name!r}: SparseCore {sparsecore} of local device {device} needs {required.max()} entries "
+                    f"of the packed buffer, above the {capacity // sparsecores} that it gets from {field}="
                     f"{spec.suggested_coo_buffer_size_per_device}. {_remedy(stack, field, need)}"
                 )
         return self._capacities
@@ -61,16 +61,17 @@ class FixedCapacities:
 def _remedy(stack: StackPlan, field: str, value: int) -> str:
     tables = ", ".join(repr(table.name) for table in stack.tables)
     return (
-        f'Set {field} to at least {value} in the spec of {tables} before it is placed, or let buffers grow with limits="grow".'
+        f"Set {field} to at least {value} in the spec of {tables} before it is placed, or let buffers grow with "
+        'limits="grow".'
     )
 
 
 class GrowingCapacities:
     """Buffers that follow the batches: each change makes compiled code compile again, so they grow rarely and together.
 
-    A stack that outgrows its buffer gets a quarter more than it needs. Every other stack that has come within an eighth of
-    its own then grows too, since it would be the next to ask. Each growth is thus by at least a quarter of some stack: the
-    number of growths is logarithmic in the largest batch. They never shrink.
+    A stack that outgrows its buffer gets a quarter more than it needs. Every other stack that has come within an
+    eighth of its own then grows too, since it would be the next to ask. Each growth is thus by at least a quarter of
+    some stack: the number of growths is logarithmic in the largest batch. They never shrink.
     """
 
     def __init__(self, plan: Plan):
