@@ -161,13 +161,14 @@ def batches(draw):
 def pack(batch):
     """Packs with buffers that fit, on any number of local devices."""
     packer = Packer(batch.specs, limits="raise", num_local_devices=batch.local_devices)
-    packer._capacities = type("Any", (), {"fit": staticmethod(lambda stats: fitting(packer.plan, stats))})()
+    S = packer.plan.num_sparsecores_per_device
+
+    class Fitting:
+        def fit(self, counts):
+            return tuple((int(required.max()) + 8) * S for required in counts.required)
+
+    packer._capacities = Fitting()
     return packer, packer(batch.ids, batch.weights)
-
-
-def fitting(plan, stats):
-    S = plan.num_sparsecores_per_device
-    return tuple((int(stats.required_buffer_size_per_sc[stack.name].max()) + 8) * S for stack in plan.stacks)
 
 
 @settings(deadline=None, max_examples=400)

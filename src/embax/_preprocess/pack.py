@@ -12,7 +12,7 @@ from embax._checks import positive_int
 from embax._preprocess.buffers import PackedLayout, PreprocessedInput, empty_arrays, make_layout
 from embax._preprocess.faults import Fault, fault_error
 from embax._preprocess.inputs import FlatFeature, flatten_like, read_feature
-from embax._preprocess.limits import FixedCapacities, GrowingCapacities, stats_of
+from embax._preprocess.limits import Counts, FixedCapacities, GrowingCapacities
 from embax._specs import COMBINERS
 from embax._stacking.plan import Plan, feature_leaves, make_plan
 
@@ -87,6 +87,7 @@ class Packer:
             [(COMBINERS.index(s.spec.combiner), s.spec.stack_vocab_size, len(s.features)) for s in plan.stacks]
         )
         self._order = np.array([feature.leaf for stack in plan.stacks for feature in stack.features])
+        self._names = [stack.name for stack in plan.stacks]
         self._layouts: dict[Any, tuple[PackedLayout, np.ndarray]] = {}
 
     def __call__(self, ids: Any, weights: Any = None) -> PreprocessedInput:
@@ -114,11 +115,12 @@ class Packer:
         )
         if isinstance(batch, tuple):
             raise fault_error(plan, leaves, Fault(*batch))
-        stats = stats_of(plan, batch.max_ids, batch.max_unique_ids, batch.required)
-        layout, placements = self._layout(batch_sizes, self._capacities.fit(stats))
+        num_stacks = len(self._names)
+        counts = Counts(*(a.reshape(num_stacks, -1) for a in (batch.max_ids, batch.max_unique_ids, batch.required)))
+        layout, placements = self._layout(batch_sizes, self._capacities.fit(counts))
         row_pointers, embedding_ids, sample_ids, gains = empty_arrays(layout)
         _native.write_batch(batch, placements, row_pointers, embedding_ids, sample_ids, gains, num_devices, threads)
-        return PreprocessedInput(row_pointers, embedding_ids, sample_ids, gains, layout, stats)
+        return PreprocessedInput(row_pointers, embedding_ids, sample_ids, gains, layout, counts.as_stats(self._names))
 
     def _batch_sizes(self, leaves: list[FlatFeature]) -> tuple[int, ...]:
         """Samples of each feature on a device."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from embax._preprocess.buffers import PADDING_VALUE, PARTITION_ALIGNMENT, PreprocessedInput, make_layout
-from embax._preprocess.limits import stats_of
+from embax._preprocess.limits import Counts
 from embax._stacking.plan import FeaturePlan, Plan, StackPlan
 
 Rows = Sequence[Sequence[int]]
@@ -104,7 +104,8 @@ def pack_reference(
             written[device, first : first + end] = True
             required[k, device, sparsecore] = end
             assert end <= place.capacity // S
-    stats = stats_of(plan, max_ids, max_unique, required)
+    counts = Counts(*(array.reshape(len(plan.stacks), -1) for array in (max_ids, max_unique, required)))
+    stats = counts.as_stats([stack.name for stack in plan.stacks])
     packed = PreprocessedInput(
         pointers.reshape(-1), ids.reshape(-1), samples.reshape(-1), gains.reshape(-1), layout, stats
     )
