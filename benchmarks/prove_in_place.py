@@ -128,7 +128,9 @@ def compile_nnx(vocabulary: int, loss: Callable, *, scan: bool) -> Any:
 
     packed = packed_batch(model.embed.feature_specs)
     if scan:
-        compiled = nnx.jit(steps, donate_argnames=("model", "optimizer")).lower(model, optimizer, repeat(packed)).compile()
+        compiled = (
+            nnx.jit(steps, donate_argnames=("model", "optimizer")).lower(model, optimizer, repeat(packed)).compile()
+        )
     else:
         compiled = nnx.jit(step, donate_argnames=("model", "optimizer")).lower(model, optimizer, packed).compile()
     return compiled.compiled

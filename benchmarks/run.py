@@ -40,10 +40,16 @@ def alternate(calls: dict[str, Callable[[int], object]], rounds: int) -> dict[st
 def machine() -> str:
     """One line about what was measured on."""
     model = next(
-        (line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
-    return f"{model}, {os.cpu_count()} cores, {_native.simd()}; Python {platform.python_version()}, jax {jax.__version__}"
+    return (
+        f"{model}, {os.cpu_count()} cores, {_native.simd()}; Python {platform.python_version()}, jax {jax.__version__}"
+    )
 
 
 def parts(workload: Workload, rounds: int) -> dict[str, float]:

@@ -11,7 +11,9 @@ def gains_of(ids, combiner, weights=None):
     """For each sample, the (id, gain) pairs of its ids; `ids` and `weights` are lists of rows, -1 is padding."""
     rows = []
     for number, row in enumerate(ids):
-        weighted = [(int(i), 1.0 if weights is None else float(weights[number][k])) for k, i in enumerate(row) if i >= 0]
+        weighted = [
+            (int(i), 1.0 if weights is None else float(weights[number][k])) for k, i in enumerate(row) if i >= 0
+        ]
         total = sum(w for _, w in weighted)
         square = sum(w * w for _, w in weighted) ** 0.5
         divisor = {"sum": 1.0, "mean": total, "sqrtn": square}[combiner]

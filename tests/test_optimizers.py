@@ -69,7 +69,10 @@ def make_features(num_sparsecores):
 def test_twenty_steps_follow_the_formula(backend, num_sparsecores):
     specs, cases = make_features(num_sparsecores)
     variables = embax.init_embedding_variables(jax.random.key(0), specs)
-    expected = {name: [array.astype(np.float64) for array in state] for name, state in oracle.tables_of(variables, specs).items()}
+    expected = {
+        name: [array.astype(np.float64) for array in state]
+        for name, state in oracle.tables_of(variables, specs).items()
+    }
     first = oracle.tables_of(variables, specs)
     ever_touched = {name: np.zeros(VOCABULARY, bool) for name in cases}
     rng = np.random.default_rng(0)
@@ -86,9 +89,12 @@ def test_twenty_steps_follow_the_formula(backend, num_sparsecores):
 
     for step in range(STEPS):
         ids = {name: draw_ids(rng, name.split()[-1]) for name in specs}
-        weights = {name: rng.uniform(0.1, 2, ids[name].shape).astype(np.float32) for name in specs} if step % 2 else None
+        weights = (
+            {name: rng.uniform(0.1, 2, ids[name].shape).astype(np.float32) for name in specs} if step % 2 else None
+        )
         gradients = {
-            name: jnp.asarray(rng.standard_normal((11, spec.output_shape[-1])), jnp.float32) for name, spec in specs.items()
+            name: jnp.asarray(rng.standard_normal((11, spec.output_shape[-1])), jnp.float32)
+            for name, spec in specs.items()
         }
         packed = embax.preprocess(ids, weights, specs=specs)
         with embax.use_backend(backend):
@@ -121,7 +127,9 @@ def test_twenty_steps_follow_the_formula(backend, num_sparsecores):
     ],
 )
 def test_optax_takes_the_same_steps_when_every_row_is_touched(spec, transformation):
-    specs = {"f": oracle.feature_spec("f", oracle.table_spec(vocabulary=12, dim=8, optimizer=spec), batch=12, valency=1)}
+    specs = {
+        "f": oracle.feature_spec("f", oracle.table_spec(vocabulary=12, dim=8, optimizer=spec), batch=12, valency=1)
+    }
     embax.prepare_feature_specs_for_training(specs)
     variables = embax.init_embedding_variables(jax.random.key(0), specs)
     dense = jnp.asarray(oracle.tables_of(variables, specs)["table"][0])

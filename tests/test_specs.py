@@ -16,7 +16,9 @@ def test_placement_of_a_table_and_its_features():
     assert table.setting_in_stack == embax.TableSettingInStack("table", 100, 5)
     assert not table.is_stacked()
     assert embax.prepare_feature_specs_for_training(specs, 2, 4) is specs
-    assert table.setting_in_stack == embax.TableSettingInStack("table", 128, 8)  # Padded to 8 * 2 devices * 4, and to 8.
+    assert table.setting_in_stack == embax.TableSettingInStack(
+        "table", 128, 8
+    )  # Padded to 8 * 2 devices * 4, and to 8.
     assert table.is_stacked()
     # In the order of their names.
     assert specs[1].id_transformation == embax.FeatureIdTransformation(row_offset=0)

@@ -29,7 +29,9 @@ def feature_structure(specs: Any) -> jax.tree_util.PyTreeDef:
 def _flatten_like(tree: Any, structure: jax.tree_util.PyTreeDef, what: str) -> list[jax.Array]:
     leaves, given = jax.tree.flatten(tree)
     if given != structure:
-        raise ValueError(f"The {what} have the structure {given}, the feature specs {structure}; they must be the same.")
+        raise ValueError(
+            f"The {what} have the structure {given}, the feature specs {structure}; they must be the same."
+        )
     return leaves
 
 

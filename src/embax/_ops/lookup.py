@@ -53,9 +53,7 @@ def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGe
     partition, ids, sample, gain = entries_of(*arrays, geometry, stack)
     order = jnp.argsort(sample, stable=True)
     sample = sample[order]
-    rows = physical_rows(
-        partition[order], ids[order], sample < num_samples, geometry.num_sparsecores, table.shape[0]
-    )
+    rows = physical_rows(partition[order], ids[order], sample < num_samples, geometry.num_sparsecores, table.shape[0])
     values = _quantize(table.at[rows].get(mode="fill", fill_value=0), stack.quantization)
     values = jnp.where((rows < table.shape[0])[:, None], gain[order][:, None] * values, 0.0)
     _, sums = sum_runs(sample, values)
@@ -69,8 +67,7 @@ def _portable(row_pointers, ids, samples, gains, *tables, geometry: Geometry, ba
     del backend
     arrays = (row_pointers, ids, samples, gains)
     return [
-        _portable_stack(arrays, table, geometry, stack)
-        for table, stack in zip(tables, geometry.stacks, strict=True)
+        _portable_stack(arrays, table, geometry, stack) for table, stack in zip(tables, geometry.stacks, strict=True)
     ]
 
 

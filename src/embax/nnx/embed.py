@@ -119,7 +119,9 @@ class SparseCoreEmbed(nnx.Module):
         return read_rows(self.embedding_table.get_value(), table, ids, specs=self._features.specs)
 
 
-def _new_variables(before: Mapping[str, EmbeddingVariables], after: Mapping[str, EmbeddingVariables], lookups: jax.Array):
+def _new_variables(
+    before: Mapping[str, EmbeddingVariables], after: Mapping[str, EmbeddingVariables], lookups: jax.Array
+):
     """The variables after a step whose differentiated lookups were `lookups` in number.
 
     XLA folds the number, a constant of the compiled step, and with it the choice: one lookup costs nothing.
