@@ -1,23 +1,201 @@
+// The Python face of the native code: plain arrays in and out, checked here, with the interpreter lock released meanwhile.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/pack.h"
 #include "kernels/ffi.h"
 #include "kernels/rows.h"
+
 namespace nb = nanobind;
+
+namespace {
+
+using ReadOnlyArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+using Int64Matrix = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Int64Vector = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Int32Output = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatOutput = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+ReadOnlyArray AsArray(nb::handle object, const char* what, size_t number) {
+  ReadOnlyArray array;
+  if (!nb::try_cast<ReadOnlyArray>(object, array, /*convert=*/false)) {
+    const std::string text = std::string(what) + "[" + std::to_string(number) + "] is not a C-contiguous array";
+    throw nb::type_error(text.c_str());
+  }
+  return array;
+}
+
+[[noreturn]] void ThrowValueError(const char* what, size_t number, const char* problem) {
+  const std::string text = std::string(what) + "[" + std::to_string(number) + "] " + problem;
+  throw nb::value_error(text.c_str());
+}
+
+nb::ndarray<nb::numpy, int32_t, nb::ndim<1>> ToNumpy(const std::vector<int32_t>& values) {
+  auto* copy = new int32_t[std::max<size_t>(values.size(), 1)];
+  nb::capsule owner(copy, [](void* data) noexcept { delete[] static_cast<int32_t*>(data); });
+  std::copy(values.begin(), values.end(), copy);
+  return nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>(copy, {values.size()}, owner);
+}
+
+// The batch between the two phases, as Python holds it.
+struct Sorted {
+  embax::SortedBatch::Ptr batch;
+};
+
+nb::tuple SortBatch(const nb::list& ids, const nb::list& weights, const nb::list& row_splits, Int64Matrix features,
+                    Int64Matrix stacks, Int64Vector order, int64_t num_local_devices, int64_t sparsecores_per_device,
+                    int64_t num_sparsecores, int64_t threads) {
+  const size_t num_features = ids.size();
+  if (weights.size() != num_features || row_splits.size() != num_features || features.shape(0) != num_features) {
+    throw nb::value_error("ids, weights, row_splits and features must have one element a feature");
+  }
+  if (features.shape(1) != 3) throw nb::value_error("features must have 3 columns: vocabulary, col_offset, col_shift");
+  if (stacks.shape(1) != 3) throw nb::value_error("stacks must have 3 columns: combiner, rows, number of features");
+  std::vector<ReadOnlyArray> alive;  // What the request points into.
+  alive.reserve(3 * num_features);
+  embax::PackRequest request;
+  request.num_local_devices = num_local_devices;
+  request.sparsecores_per_device = sparsecores_per_device;
+  request.num_sparsecores = num_sparsecores;
+  request.features.resize(num_features);
+  for (size_t i = 0; i < num_features; ++i) {
+    embax::PackFeature& feature = request.features[i];
+    const ReadOnlyArray& array = alive.emplace_back(AsArray(ids[i], "ids", i));
+    if (array.dtype() == nb::dtype<int64_t>()) {
+      feature.wide_ids = true;
+    } else if (array.dtype() != nb::dtype<int32_t>()) {
+      ThrowValueError("ids", i, "must be int32 or int64");
+    }
+    feature.ids = array.data();
+    feature.num_ids = static_cast<int64_t>(array.size());
+    if (row_splits[i].is_none()) {
+      if (array.ndim() != 2) ThrowValueError("ids", i, "must have two dimensions when dense");
+      feature.batch = static_cast<int64_t>(array.shape(0));
+      feature.valency = static_cast<int64_t>(array.shape(1));
+    } else {
+      if (array.ndim() != 1) ThrowValueError("ids", i, "must have one dimension when ragged");
+      const ReadOnlyArray& splits = alive.emplace_back(AsArray(row_splits[i], "row_splits", i));
+      if (splits.dtype() != nb::dtype<int64_t>() || splits.ndim() != 1 || splits.size() == 0) {
+        ThrowValueError("row_splits", i, "must be int64, of one dimension, and not empty");
+      }
+      feature.row_splits = static_cast<const int64_t*>(splits.data());
+      feature.batch = static_cast<int64_t>(splits.size()) - 1;
+    }
+    if (!weights[i].is_none()) {
+      const ReadOnlyArray& values = alive.emplace_back(AsArray(weights[i], "weights", i));
+      if (values.dtype() != nb::dtype<float>() || values.ndim() != array.ndim() || values.size() != array.size() ||
+          values.shape(0) != array.shape(0)) {
+        ThrowValueError("weights", i, "must be float32 and have the shape of the ids");
+      }
+      feature.weights = static_cast<const float*>(values.data());
+    }
+    feature.vocabulary = features(i, 0);
+    feature.col_offset = features(i, 1);
+    feature.col_shift = features(i, 2);
+  }
+  size_t next = 0;
+  for (size_t i = 0; i < stacks.shape(0); ++i) {
+    embax::PackStack& stack = request.stacks.emplace_back();
+    const int64_t combiner = stacks(i, 0), size = stacks(i, 2);
+    if (combiner < 0 || combiner > 2) ThrowValueError("stacks", i, "has an unknown combiner");
+    if (size < 0 || static_cast<size_t>(size) > order.size() - next) ThrowValueError("stacks", i, "has too many features");
+    stack.combiner = static_cast<embax::Combiner>(combiner);
+    stack.num_rows = stacks(i, 1);
+    for (int64_t j = 0; j < size; ++j) {
+      const int64_t feature = order(next++);
+      if (feature < 0 || static_cast<size_t>(feature) >= num_features) ThrowValueError("stacks", i, "names no feature");
+      stack.features.push_back(static_cast<int32_t>(feature));
+    }
+  }
+  Sorted sorted{embax::SortedBatch::New()};
+  embax::PackError error;
+  {
+    nb::gil_scoped_release release;
+    error = sorted.batch->Sort(request, threads);
+  }
+  if (error.fault != embax::PackFault::kNone) {
+    return nb::make_tuple(nb::none(), nb::make_tuple(static_cast<int>(error.fault), error.feature, error.sample,
+                                                     error.position, error.value, error.number));
+  }
+  return nb::make_tuple(std::move(sorted), nb::none());
+}
+
+void WriteBatch(const Sorted& sorted, Int64Matrix placements, Int32Output row_pointers, Int32Output ids,
+                Int32Output samples, FloatOutput gains, int64_t num_local_devices, int64_t threads) {
+  if (placements.shape(1) != 3) {
+    throw nb::value_error("placements must have 3 columns: row_pointers_start, entries_start, capacity");
+  }
+  if (num_local_devices != sorted.batch->num_local_devices()) {
+    throw nb::value_error("num_local_devices is not that of the sorted batch");
+  }
+  const size_t devices = static_cast<size_t>(num_local_devices);
+  if (ids.size() != samples.size() || ids.size() != gains.size() || ids.size() % devices != 0 ||
+      row_pointers.size() % devices != 0) {
+    throw nb::value_error("ids, samples and gains must have one size, and all arrays an equal part for each device");
+  }
+  std::vector<embax::PackPlacement> places(placements.shape(0));
+  for (size_t i = 0; i < places.size(); ++i) {
+    places[i] = {placements(i, 0), placements(i, 1), placements(i, 2)};
+  }
+  embax::PackArrays arrays;
+  arrays.row_pointers = row_pointers.data();
+  arrays.ids = ids.data();
+  arrays.samples = samples.data();
+  arrays.gains = gains.data();
+  arrays.row_pointers_per_device = static_cast<int64_t>(row_pointers.size() / devices);
+  arrays.entries_per_device = static_cast<int64_t>(ids.size() / devices);
+  bool fits;
+  {
+    nb::gil_scoped_release release;
+    fits = sorted.batch->Write(places, arrays, threads);
+  }
+  if (!fits) throw nb::value_error("the arrays do not hold the batch at these placements");
+}
+
+nb::dict FfiHandlers() {
+  nb::dict handlers;
+  for (const embax::FfiHandler* entry = embax::kFfiHandlers; entry->name != nullptr; ++entry) {
+    handlers[entry->name] = nb::capsule(reinterpret_cast<void*>(entry->handler));
+  }
+  return handlers;
+}
+
+nb::dict RowRules() {
+  const embax::RowKernels& kernels = embax::SelectRowKernels();
+  nb::dict rules;
+  for (int number = 0; number < kernels.num_rules; ++number) {
+    const embax::RowRule& rule = kernels.rules[number];
+    rules[rule.name] = nb::make_tuple(number, rule.num_slots, rule.num_hyperparameters);
+  }
+  return rules;
+}
+
+}  // namespace
+
 NB_MODULE(_native, m) {
-  m.def("ffi_handlers", [] {
-    nb::dict handlers;
-    for (const embax::FfiHandler* h = embax::kFfiHandlers; h->name != nullptr; ++h) {
-      handlers[h->name] = nb::capsule(reinterpret_cast<void*>(h->handler));
-    }
-    return handlers;
-  });
-  m.def("row_rules", [] {
-    const embax::RowKernels& kernels = embax::SelectRowKernels();
-    nb::dict rules;
-    for (int i = 0; i < kernels.num_rules; ++i) {
-      const embax::RowRule& rule = kernels.rules[i];
-      rules[rule.name] = nb::make_tuple(i, rule.num_slots, rule.num_hyperparameters);
-    }
-    return rules;
-  });
-  m.def("simd", [] { return embax::SelectRowKernels().isa; });
+  m.doc() = "Native code of embax. Private: its callers check what users give, and write the messages.";
+  nb::class_<Sorted>(m, "SortedBatch", "Ids that were read, checked and sorted, and their counts.")
+      .def_prop_ro("max_ids", [](const Sorted& s) { return ToNumpy(s.batch->max_ids()); }, nb::rv_policy::automatic,
+                   "int32[stacks * local devices * N]: most entries that one SparseCore of the device sends to each.")
+      .def_prop_ro("max_unique_ids", [](const Sorted& s) { return ToNumpy(s.batch->max_unique_ids()); }, nb::rv_policy::automatic,
+                   "int32, like `max_ids`: most distinct ids.")
+      .def_prop_ro("required", [](const Sorted& s) { return ToNumpy(s.batch->required()); }, nb::rv_policy::automatic,
+                   "int32[stacks * local devices * S]: entries that each local SparseCore needs.");
+  m.def("sort_batch", &SortBatch, nb::arg("ids"), nb::arg("weights"), nb::arg("row_splits"),
+        nb::arg("features").noconvert(), nb::arg("stacks").noconvert(), nb::arg("order").noconvert(),
+        nb::arg("num_local_devices"), nb::arg("sparsecores_per_device"), nb::arg("num_sparsecores"), nb::arg("threads"),
+        "Reads, checks and sorts ids: (SortedBatch, None), or (None, (fault, feature, sample, position, value, number)).");
+  m.def("write_batch", &WriteBatch, nb::arg("batch"), nb::arg("placements").noconvert(),
+        nb::arg("row_pointers").noconvert(), nb::arg("ids").noconvert(), nb::arg("samples").noconvert(),
+        nb::arg("gains").noconvert(), nb::arg("num_local_devices"), nb::arg("threads"),
+        "Writes a sorted batch into arrays of all stacks, at (row_pointers_start, entries_start, capacity) each.");
+  m.def("ffi_handlers", &FfiHandlers, "Capsules of the XLA FFI handlers by target name.");
+  m.def("row_rules", &RowRules, "(number, slots, hyperparameters) of each optimizer's row rule, by name.");
+  m.def("simd", [] { return embax::SelectRowKernels().isa; }, "Instruction set of the row kernels that were chosen.");
 }

@@ -16,6 +16,9 @@ PADDING_VALUE = 2**31 - 1
 PARTITION_ALIGNMENT = 8
 """Partitions start at multiples of this many entries."""
 
+BUFFER_ALIGNMENT = 64
+"""Bytes; XLA takes NumPy arrays without a copy on CPU exactly when their addresses are multiples of this."""
+
 
 def row_pointers_per_sparsecore(num_sparsecores: int) -> int:
     """Row pointers of one SparseCore when there are `num_sparsecores` in all."""
@@ -110,6 +113,24 @@ def make_layout(
         )
         entries_start += capacity
     return PackedLayout(tuple(stacks), num_local_devices, plan.num_devices, plan.num_sparsecores_per_device)
+
+
+def empty_arrays(layout: PackedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Row pointers, ids, sample ids and gains of `layout`, without values, at addresses that are multiples of 64.
+
+    Arrays with such addresses go into a jitted function on CPU without a copy. They lie in one allocation.
+    """
+    row_pointers = layout.num_local_devices * layout.row_pointers_per_device
+    entries = layout.num_local_devices * layout.entries_per_device
+    sizes = ((row_pointers, np.int32), (entries, np.int32), (entries, np.int32), (entries, np.float32))
+    strides = [next_multiple(4 * size, BUFFER_ALIGNMENT) for size, _ in sizes]
+    memory = np.empty(sum(strides) + BUFFER_ALIGNMENT, np.uint8)
+    start = -memory.__array_interface__["data"][0] % BUFFER_ALIGNMENT
+    arrays = []
+    for (size, dtype), stride in zip(sizes, strides, strict=True):
+        arrays.append(np.frombuffer(memory, dtype, size, start))
+        start += stride
+    return tuple(arrays)
 
 
 @dataclasses.dataclass(frozen=True)

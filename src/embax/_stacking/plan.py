@@ -34,7 +34,10 @@ class TablePlan:
 
 @dataclasses.dataclass(frozen=True)
 class FeaturePlan:
-    """A feature's place in its stack; `leaf` is its number among the leaves of the feature tree."""
+    """A feature's place in its stack.
+
+    `leaf` is its number among the leaves of the feature tree, `valency` the ids a sample where its spec states them.
+    """
 
     name: str
     leaf: int
@@ -43,6 +46,7 @@ class FeaturePlan:
     row_offset: int
     col_offset: int
     col_shift: int
+    valency: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +159,14 @@ def make_plan(specs: Any) -> Plan:
         place = leaf.id_transformation
         features[stack.stack_name].append(
             FeaturePlan(
-                leaf.name, number, table, leaf.output_shape[-1], place.row_offset, place.col_offset, place.col_shift
+                name=leaf.name,
+                leaf=number,
+                table=table,
+                output_dim=leaf.output_shape[-1],
+                row_offset=place.row_offset,
+                col_offset=place.col_offset,
+                col_shift=place.col_shift,
+                valency=leaf.input_shape[1] if len(leaf.input_shape) > 1 else None,
             )
         )
     ((num_devices, num_sparsecores),) = topologies

@@ -1,0 +1,1 @@
+"""Measurements of embax beside the alternatives."""

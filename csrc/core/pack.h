@@ -1,0 +1,177 @@
+// Packs raw ids into the CSR-wrapped COO form that lookups read: partitioned by owner, sorted, duplicates merged, padded.
+//
+// Packing runs in two phases, so that a caller can look at the counts (and size its buffers) in between without sorting
+// twice: SortedBatch::Sort reads, checks and sorts the ids, SortedBatch::Write lays them out. Both split their work into
+// one task for each (stack, local device, SparseCore); the result does not depend on the number of threads.
+#ifndef EMBAX_CORE_PACK_H_
+#define EMBAX_CORE_PACK_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace embax {
+
+constexpr int32_t kPaddingId = INT32_MAX;  // Id and sample of an entry that only fills up a partition.
+constexpr int64_t kPartitionAlignment = 8;
+constexpr int64_t kMinRowPointers = 8;
+
+enum class Combiner : int32_t { kSum = 0, kMean = 1, kSqrtn = 2 };
+
+// The ids of one feature on all local devices.
+struct PackFeature {
+  const void* ids = nullptr;            // [batch, valency], where -1 is padding; with row_splits [num_ids].
+  bool wide_ids = false;                // int64 rather than int32.
+  const float* weights = nullptr;       // Like ids, or null: all ones.
+  const int64_t* row_splits = nullptr;  // [batch + 1], or null: dense.
+  int64_t num_ids = 0;
+  int64_t batch = 0;
+  int64_t valency = 0;  // Of dense ids.
+  int64_t vocabulary = 0;
+  int64_t col_offset = 0;
+  int64_t col_shift = 0;
+};
+
+// Features whose samples follow one another, looked up in one stacked table.
+struct PackStack {
+  Combiner combiner = Combiner::kSum;
+  int64_t num_rows = 0;  // Of all SparseCores together.
+  std::vector<int32_t> features;
+};
+
+struct PackRequest {
+  std::vector<PackFeature> features;  // In the order in which faults are reported.
+  std::vector<PackStack> stacks;
+  int64_t num_local_devices = 1;
+  int64_t sparsecores_per_device = 1;
+  int64_t num_sparsecores = 1;  // Of all devices.
+};
+
+enum class PackFault : int32_t {
+  kNone = 0,
+  kId = 1,           // `value` is outside the vocabulary.
+  kWeight = 2,       // `number` is not finite.
+  kGain = 3,         // The combiner divides by `number`, and the result is not finite.
+  kFirstSplit = 4,   // The first row split is `value` rather than 0.
+  kSplit = 5,        // Row split sample + 1 is `value`, below the one before it.
+  kLastSplit = 6,    // The last row split is `value` rather than num_ids.
+  kTooManyIds = 7,   // One SparseCore has `value` ids, more than int32 can count.
+  kRequest = 8,      // The request contradicts itself: `value` tells where.
+  kChanged = 9,      // The arrays changed while they were read.
+};
+
+struct PackError {
+  PackFault fault = PackFault::kNone;
+  int32_t feature = -1;
+  int64_t sample = -1;
+  int64_t position = -1;
+  int64_t value = 0;
+  double number = 0;
+};
+
+// Where a stack lies in the part of a device.
+struct PackPlacement {
+  int64_t row_pointers_start = 0;
+  int64_t entries_start = 0;
+  int64_t capacity = 0;  // A multiple of the SparseCores of a device, each of which owns an equal share.
+};
+
+// The arrays of all stacks; each device has an equal part of each.
+struct PackArrays {
+  int32_t* row_pointers = nullptr;
+  int32_t* ids = nullptr;
+  int32_t* samples = nullptr;
+  float* gains = nullptr;
+  int64_t row_pointers_per_device = 0;
+  int64_t entries_per_device = 0;
+};
+
+// Memory without initial values that only ever grows, until Shrink.
+template <typename T>
+class Buffer {
+ public:
+  T* Reserve(int64_t size) {
+    if (size > capacity_) {
+      data_.reset();
+      capacity_ = 0;
+      const int64_t capacity = size + size / 4;
+      data_.reset(new T[capacity]);
+      capacity_ = capacity;
+    }
+    return data_.get();
+  }
+  T* data() const { return data_.get(); }
+  void Shrink(int64_t max_bytes) {
+    if (capacity_ > max_bytes / static_cast<int64_t>(sizeof(T))) {
+      data_.reset();
+      capacity_ = 0;
+    }
+  }
+
+ private:
+  std::unique_ptr<T[]> data_;
+  int64_t capacity_ = 0;
+};
+
+// The sorted entries of a batch and their counts. Memory is reused when the object is.
+class SortedBatch {
+ public:
+  // Takes a batch with memory from an earlier one if there is one; the deleter keeps it for the next. Safe to call from
+  // any thread and after a fork.
+  struct Recycle {
+    void operator()(SortedBatch* batch) const;
+  };
+  using Ptr = std::unique_ptr<SortedBatch, Recycle>;
+  static Ptr New();
+
+  // Reads, checks and sorts the ids with up to `threads` threads. Reports the first fault in the order (feature, sample,
+  // position), whatever the threads did. Throws std::bad_alloc.
+  PackError Sort(const PackRequest& request, int64_t threads);
+
+  // Writes the entries. False, with nothing written, if the arrays do not hold them. What lies behind the last partition
+  // of a SparseCore is left as it is.
+  bool Write(const std::vector<PackPlacement>& placements, const PackArrays& arrays, int64_t threads) const;
+
+  int64_t num_local_devices() const { return num_local_devices_; }
+
+  // For each stack, local device and destination SparseCore, the maximum over the device's SparseCores of the entries
+  // (of the distinct ids) that they send there.
+  const std::vector<int32_t>& max_ids() const { return max_ids_; }
+  const std::vector<int32_t>& max_unique_ids() const { return max_unique_ids_; }
+  // For each stack, local device and SparseCore of it, the entries that it needs, partitions rounded up.
+  const std::vector<int32_t>& required() const { return required_; }
+
+ private:
+  struct Task {
+    int32_t stack = 0;
+    int32_t device = 0;
+    int32_t sparsecore = 0;
+    bool unit_gains = false;  // All gains are 1, and none is stored.
+    int64_t start = 0;        // In entries_ and gains_.
+    int64_t bound = 0;        // At least the number of entries.
+  };
+
+  PackError Prepare(const PackRequest& request);
+  bool SortTask(const PackRequest& request, const Task& task, int64_t number);
+  void WriteTask(const Task& task, int64_t number, const PackPlacement& placement, const PackArrays& arrays) const;
+
+  int64_t num_local_devices_ = 0;
+  int64_t sparsecores_per_device_ = 0;
+  int64_t num_sparsecores_ = 0;
+  int64_t total_bound_ = 0;
+  std::vector<int64_t> rows_per_sparsecore_;  // By stack.
+  std::vector<int64_t> samples_per_sparsecore_;
+  std::vector<Task> tasks_;
+  std::vector<int32_t> order_;        // Of the tasks, the largest first.
+  Buffer<uint64_t> entries_;          // (partition * rows per SparseCore + id) << 32 | sample.
+  Buffer<float> gains_;
+  Buffer<int32_t> counts_;            // By task and partition.
+  Buffer<int32_t> unique_counts_;
+  std::vector<int32_t> max_ids_;
+  std::vector<int32_t> max_unique_ids_;
+  std::vector<int32_t> required_;
+};
+
+}  // namespace embax
+
+#endif  // EMBAX_CORE_PACK_H_

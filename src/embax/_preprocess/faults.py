@@ -1,0 +1,78 @@
+"""Messages for what packing finds wrong with ids, weights and row splits."""
+
+from typing import NamedTuple
+
+from embax._preprocess.inputs import FlatFeature
+from embax._stacking.plan import FeaturePlan, Plan
+
+ID, WEIGHT, GAIN, FIRST_SPLIT, SPLIT, LAST_SPLIT, TOO_MANY_IDS, REQUEST, CHANGED = range(1, 10)
+
+
+class Fault(NamedTuple):
+    """The first fault of a batch, as the native code reports it (`PackFault` in csrc/core/pack.h)."""
+
+    kind: int
+    leaf: int
+    sample: int
+    position: int
+    value: int
+    number: float
+
+
+def fault_error(plan: Plan, leaves: list[FlatFeature], fault: Fault) -> Exception:
+    """The exception to raise for `fault`: a ValueError, unless the fault is embax's own."""
+    if fault.kind == REQUEST:
+        return RuntimeError(f"embax: the placement of the features contradicts itself (check {fault.value}).")
+    if fault.kind == CHANGED:
+        return ValueError("The ids, weights or row_splits changed while they were packed; do not write to them meanwhile.")
+    feature, combiner = next(
+        (feature, stack.spec.combiner) for stack in plan.stacks for feature in stack.features if feature.leaf == fault.leaf
+    )
+    return ValueError(f"Feature {feature.name!r}{_text(feature, combiner, leaves[fault.leaf], fault)}")
+
+
+def _text(feature: FeaturePlan, combiner: str, flat: FlatFeature, fault: Fault) -> str:
+    if fault.kind == ID:
+        return _id_text(feature, flat, fault)
+    if fault.kind == WEIGHT:
+        return (
+            f", sample {fault.sample}, position {fault.position}: the weight is {fault.number}; weights must be finite "
+            "float32 numbers. Use 0 for an id that should not count."
+        )
+    if fault.kind == GAIN:
+        return (
+            f", sample {fault.sample}: combiner {combiner!r} divides its weights by {fault.number:.9g}, which float32 does not "
+            "hold. Scale the weights, or use combiner 'sum'."
+        )
+    if fault.kind == FIRST_SPLIT:
+        return f": row_splits starts at {fault.value}; it must start at 0."
+    if fault.kind == SPLIT:
+        assert flat.row_splits is not None
+        return (
+            f", sample {fault.sample}: row_splits decreases from {flat.row_splits[fault.sample]} to {fault.value}; it must "
+            "never decrease."
+        )
+    if fault.kind == LAST_SPLIT:
+        return f": row_splits ends at {fault.value}, but there are {flat.ids.size} values; it must end at their number."
+    return (
+        f": one SparseCore gets {fault.value} ids of its stack, more than int32 can count; split the batch or use more "
+        "SparseCores."
+    )
+
+
+def _id_text(feature: FeaturePlan, flat: FlatFeature, fault: Fault) -> str:
+    value = fault.value
+    if flat.given_ids is not None:
+        row = fault.sample * flat.ids.shape[1] if flat.row_splits is None else int(flat.row_splits[fault.sample])
+        value = int(flat.given_ids[row + fault.position])
+    rows = feature.table.vocabulary_size
+    padding = (
+        "in dense ids -1 is padding."
+        if flat.row_splits is None
+        else "only in dense 2-d ids is -1 padding, ragged ids leave out what is not there."
+    )
+    return (
+        f", sample {fault.sample}, position {fault.position}: id {value} is outside the vocabulary of table "
+        f"{feature.table.name!r}, which has {rows} rows (ids 0 to {rows - 1}). Remove it, map it (for example id % "
+        f"vocabulary_size), or give the table more rows; {padding}"
+    )

@@ -1,0 +1,300 @@
+"""From a user's tree of ids and weights to the flat arrays that packing reads."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from embax._stacking.plan import FeaturePlan
+
+_INT32 = np.dtype(np.int32)
+_INT64 = np.dtype(np.int64)
+_FLOAT32 = np.dtype(np.float32)
+_INT64_MAX = 2**63 - 1
+_ALLOWED = (
+    "Allowed are an integer array [batch, valency] in which -1 is padding, embax.Ragged(values, row_splits), and a list or "
+    "1-d object array of 1-d integer arrays, one a sample."
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ragged:
+    """Ids (or weights) of samples of different lengths. A pytree.
+
+    Sample `i` has the values `values[row_splits[i]:row_splits[i + 1]]`.
+
+    Args:
+        values: integer[n] ids, or float[n] weights, of all samples one after another.
+        row_splits: integer[batch + 1], from 0 to n, never decreasing.
+
+    Example:
+        >>> ragged = Ragged(values=np.array([7, 7, 3]), row_splits=np.array([0, 2, 2, 3]))  # [7, 7], [], [3]
+    """
+
+    values: Any
+    row_splits: Any
+
+
+class FlatFeature(NamedTuple):
+    """The ids of one feature, checked in all but their values."""
+
+    ids: np.ndarray
+    """int32 or int64, [batch, valency] or, with row splits, [n]."""
+    weights: np.ndarray | None
+    """float32, like the ids; None stands for ones."""
+    row_splits: np.ndarray | None
+    """int64[batch + 1]; None for dense ids."""
+    batch: int
+    given_ids: np.ndarray | None = None
+    """The ids as given, flat, where int64 does not hold them all."""
+
+
+def flatten_like(skeleton: Any, treedef: Any, tree: Any, what: str) -> list[Any]:
+    """The subtrees of `tree` at the leaves of the feature specs.
+
+    Args:
+        skeleton: the tree of the specs, with the features' names as leaves.
+        treedef: its structure.
+        tree: tree of the user.
+        what: "ids" or "weights".
+
+    Raises:
+        ValueError: the structures differ; says where.
+    """
+    try:
+        return treedef.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        difference = _difference(skeleton, tree, what) or str(error)
+        raise ValueError(
+            f"The {what} must have the structure of the feature specs, one leaf a feature: {difference}."
+        ) from None
+
+
+def _difference(skeleton: Any, tree: Any, path: str) -> str | None:
+    if isinstance(skeleton, str):
+        return None
+    if isinstance(skeleton, Mapping):
+        if not isinstance(tree, Mapping):
+            return f"{path} is a {type(tree).__name__}, the specs have a mapping with the keys {sorted(skeleton, key=str)}"
+        missing, extra = ([key for key in a if key not in b] for a, b in ((skeleton, tree), (tree, skeleton)))
+        if missing or extra:
+            parts = ((missing, "is missing"), (extra, "has no place in the specs"))
+            return "; ".join(f"{path}[{key!r}] {problem}" for keys, problem in parts for key in keys)
+        pairs = [(f"{path}[{key!r}]", skeleton[key], tree[key]) for key in skeleton]
+    elif isinstance(skeleton, Sequence):
+        if not isinstance(tree, Sequence):
+            return f"{path} is a {type(tree).__name__}, the specs have a {type(skeleton).__name__} of {len(skeleton)}"
+        if len(tree) != len(skeleton):
+            return f"{path} has {len(tree)} elements, the specs have {len(skeleton)}"
+        pairs = [(f"{path}[{i}]", *pair) for i, pair in enumerate(zip(skeleton, tree, strict=True))]
+    else:
+        return None
+    differences = (_difference(inner, given, inner_path) for inner_path, inner, given in pairs)
+    found = next((difference for difference in differences if difference), None)
+    if found is None and type(tree) is not type(skeleton):
+        return f"{path} is a {type(tree).__name__}, the specs have a {type(skeleton).__name__}"
+    return found
+
+
+def _describe(leaf: Any) -> str:
+    if isinstance(leaf, (np.ndarray, jax.Array)):
+        kind = "NumPy" if isinstance(leaf, np.ndarray) else "JAX"
+        return f"a {kind} array of shape {leaf.shape} and dtype {leaf.dtype}"
+    return f"a {type(leaf).__name__}"
+
+
+def _host(owner: str, leaf: Any, what: str) -> Any:
+    """A JAX array as a NumPy array; anything else as it is."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if isinstance(leaf, jax.core.Tracer):
+        raise ValueError(
+            f"{owner}: its {what} are traced by JAX. Packing runs on the host: call it outside jit, and pass its result "
+            "into the jitted function. (Inside jit, give raw ids to the layer or to embax.lookup.)"
+        )
+    if not leaf.is_fully_addressable:
+        raise ValueError(
+            f"{owner}: its {what} are a JAX array spread over several processes; give every process its own part, for "
+            "example a NumPy array."
+        )
+    return np.asarray(leaf)
+
+
+def _integers(owner: str, array: np.ndarray, what: str = "ids") -> np.ndarray:
+    """`array` as int32 or int64; unsigned integers that int64 does not hold become its largest value."""
+    dtype = array.dtype
+    if dtype == _INT32 or dtype == _INT64:
+        return np.ascontiguousarray(array)
+    if dtype.kind not in "iu":
+        raise ValueError(
+            f"{owner}: its {what} are {_describe(array)}; they must be integers. Convert them, for example with "
+            f"{what}.astype(np.int64), if they are whole numbers. {_ALLOWED if what == 'ids' else ''}".rstrip()
+        )
+    if dtype.kind == "u" and dtype.itemsize == 8:
+        return np.minimum(array, np.uint64(_INT64_MAX)).astype(np.int64, order="C")
+    narrow = dtype.itemsize < 4 or (dtype.kind == "i" and dtype.itemsize == 4)
+    return array.astype(np.int32 if narrow else np.int64, order="C")
+
+
+def _floats(owner: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype == _FLOAT32:
+        return np.ascontiguousarray(array)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iu"):
+        raise ValueError(f"{owner}: its weights are {_describe(array)}; they must be real numbers, such as float32.")
+    with np.errstate(over="ignore"):  # What float32 does not hold becomes infinite, which packing reports.
+        return array.astype(np.float32, order="C")
+
+
+def _fast_rows(rows: Any, dtypes: tuple[np.dtype, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Values and row splits of rows that are all arrays of one of `dtypes`, or all lists of such numbers; else None."""
+    kinds = set(map(type, rows))
+    try:
+        if kinds == {np.ndarray} and {row.dtype for row in rows} <= set(dtypes):
+            values = np.concatenate(rows)
+        elif kinds == {list}:
+            values = np.array(list(itertools.chain.from_iterable(rows)))
+        else:
+            return None
+        if values.ndim != 1 or values.dtype not in dtypes:
+            return None
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return values, _splits_of(rows)
+
+
+def _splits_of(rows: Any) -> np.ndarray:
+    splits = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=splits[1:])
+    return splits
+
+
+def _rows(owner: str, rows: Any, what: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Values, row splits, and the values as given where int64 does not hold them."""
+    is_ids = what == "ids"
+    fast = _fast_rows(rows, (_INT32, _INT64) if is_ids else (_FLOAT32, np.dtype(np.float64)))
+    if fast is not None:
+        values, splits = fast
+        return (values if is_ids else _floats(owner, values)), splits, None
+    arrays = []
+    for sample, row in enumerate(rows):
+        where = f"{owner}, sample {sample}"
+        try:
+            array = np.asarray(_host(where, row, what))
+        except (ValueError, TypeError, OverflowError) as error:
+            if isinstance(row, jax.Array):
+                raise
+            raise ValueError(f"{where}: its {what} are not an array of numbers ({error}). {_ALLOWED}") from None
+        if array.ndim != 1:
+            raise ValueError(
+                f"{where}: its {what} have {array.ndim} dimensions; in a list of samples each one must be a 1-d array or a "
+                f"list. {_ALLOWED}"
+            )
+        if array.size == 0:  # An empty list has no dtype of its own.
+            array = np.zeros(0, np.int32 if is_ids else np.float32)
+        elif is_ids:
+            _integers(where, array)
+        else:
+            array = _floats(where, array)
+        arrays.append(array)
+    splits = _splits_of(arrays)
+    if not arrays:
+        return np.zeros(0, np.int32 if is_ids else np.float32), splits, None
+    if not is_ids:
+        return np.concatenate(arrays), splits, None
+    values = np.concatenate([_integers(owner, array) for array in arrays])
+    wide = any(array.dtype == np.uint64 for array in arrays)
+    return values, splits, np.concatenate([array.astype(object) for array in arrays]) if wide else None
+
+
+def _read_ids(feature: FeaturePlan, leaf: Any) -> FlatFeature:
+    owner = f"Feature {feature.name!r}"
+    if isinstance(leaf, Ragged):
+        given = np.asarray(_host(owner, leaf.values, "ids"))
+        splits = np.asarray(_host(owner, leaf.row_splits, "row_splits"))
+        if given.ndim != 1 or splits.ndim != 1 or splits.size == 0:
+            raise ValueError(
+                f"{owner}: its Ragged has values of shape {given.shape} and row_splits of shape {splits.shape}; they must be "
+                "1-d, and row_splits one longer than the batch."
+            )
+        if given.size == 0:
+            given = given.astype(np.int32)
+        splits = _integers(owner, splits, "row_splits").astype(np.int64, copy=False)
+        return FlatFeature(_integers(owner, given), None, splits, splits.size - 1, _too_wide(given))
+    leaf = _host(owner, leaf, "ids")
+    if isinstance(leaf, (list, tuple)) or (isinstance(leaf, np.ndarray) and leaf.dtype == object and leaf.ndim == 1):
+        values, splits, given = _rows(owner, leaf, "ids")
+        return FlatFeature(values, None, splits, splits.size - 1, given)
+    if not isinstance(leaf, np.ndarray):
+        raise ValueError(f"{owner}: its ids are {_describe(leaf)}. {_ALLOWED}")
+    ids = _integers(owner, leaf)
+    if ids.ndim == 1 and feature.valency in (None, 1):
+        ids = ids.reshape(-1, 1)
+    if ids.ndim != 2:
+        hint = f" (A 1-d array is taken where input_shape has one id a sample; here it has {feature.valency}.)"
+        raise ValueError(
+            f"{owner}: its ids have shape {leaf.shape}; they must have 2 dimensions, [batch, valency]. {_ALLOWED}"
+            f"{hint if ids.ndim == 1 else ' Reshape them.'}"
+        )
+    return FlatFeature(ids, None, None, ids.shape[0], _too_wide(leaf))
+
+
+def _too_wide(array: np.ndarray) -> np.ndarray | None:
+    return array.reshape(-1) if array.dtype == np.uint64 else None
+
+
+def _read_weights(owner: str, flat: FlatFeature, leaf: Any, ids_shape: tuple[int, ...]) -> np.ndarray:
+    splits = flat.row_splits
+    if splits is None:
+        leaf = _host(owner, leaf, "weights")
+        shape = np.shape(leaf) if isinstance(leaf, np.ndarray) else None
+        if shape not in (ids_shape, flat.ids.shape):
+            raise ValueError(
+                f"{owner}: its weights are {_describe(leaf)}, its ids have shape {ids_shape}; weights must be an array of the "
+                "same shape, or None for ones."
+            )
+        return _floats(owner, leaf).reshape(flat.ids.shape)
+    if isinstance(leaf, Ragged):
+        values = _floats(owner, np.asarray(_host(owner, leaf.values, "weights")))
+        theirs = np.asarray(_host(owner, leaf.row_splits, "row_splits"))
+    else:
+        leaf = _host(owner, leaf, "weights")
+        if isinstance(leaf, np.ndarray) and leaf.dtype != object and leaf.ndim == 1:
+            values, theirs = _floats(owner, leaf), splits
+        elif isinstance(leaf, (list, tuple, np.ndarray)):
+            values, theirs, _ = _rows(owner, leaf, "weights")
+        else:
+            raise ValueError(
+                f"{owner}: its weights are {_describe(leaf)}; for ragged ids they must be ragged in the same way (a list of "
+                "1-d arrays, or embax.Ragged), or None for ones."
+            )
+    if theirs.shape != splits.shape:
+        raise ValueError(f"{owner}: its weights have {theirs.size - 1} samples, its ids have {splits.size - 1}.")
+    different = np.flatnonzero(np.diff(theirs) != np.diff(splits))
+    if different.size:
+        sample = int(different[0])
+        counts = (int(np.diff(part)[sample]) for part in (splits, theirs))
+        raise ValueError("{}, sample {}: there are {} ids but {} weights.".format(owner, sample, *counts))
+    if values.shape != flat.ids.shape:
+        raise ValueError(f"{owner}: there are {values.size} weights for {flat.ids.size} ids; each id needs one.")
+    return values
+
+
+def read_feature(feature: FeaturePlan, ids: Any, weights: Any) -> FlatFeature:
+    """Checks one leaf of the ids, and of the weights (or None), in all but its values.
+
+    Raises:
+        ValueError: names the feature, what was given and what is allowed.
+    """
+    if type(ids) is np.ndarray and ids.ndim == 2 and (ids.dtype == _INT64 or ids.dtype == _INT32):
+        flat = FlatFeature(np.ascontiguousarray(ids), None, None, ids.shape[0])  # The common case, made short.
+    else:
+        flat = _read_ids(feature, ids)
+    if weights is None:
+        return flat
+    ids_shape = tuple(np.shape(ids)) if flat.row_splits is None else flat.ids.shape
+    return flat._replace(weights=_read_weights(f"Feature {feature.name!r}", flat, weights, ids_shape))
