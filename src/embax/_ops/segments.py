@@ -8,7 +8,12 @@ from embax._preprocess.buffers import PARTITION_ALIGNMENT
 
 
 def entries_of(
-    row_pointers: jax.Array, ids: jax.Array, samples: jax.Array, gains: jax.Array, geometry: Geometry, stack: StackGeometry
+    row_pointers: jax.Array,
+    ids: jax.Array,
+    samples: jax.Array,
+    gains: jax.Array,
+    geometry: Geometry,
+    stack: StackGeometry,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The entries of a stack.
 
@@ -39,7 +44,9 @@ def entries_of(
     return partition.reshape(-1), part(ids).reshape(-1), sample.reshape(-1), gain.reshape(-1)
 
 
-def physical_rows(partition: jax.Array, ids: jax.Array, valid: jax.Array, num_partitions: int, num_rows: int) -> jax.Array:
+def physical_rows(
+    partition: jax.Array, ids: jax.Array, valid: jax.Array, num_partitions: int, num_rows: int
+) -> jax.Array:
     """The row of the stacked table that each entry names, `num_rows` where it names none."""
     rows_per_partition = num_rows // num_partitions
     valid = valid & (ids >= 0) & (ids < rows_per_partition)
