@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -50,7 +51,7 @@ def _quantize(rows: jax.Array, quantization: tuple[float, float, int] | None) ->
 
 def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGeometry) -> jax.Array:
     num_samples = geometry.num_samples(stack)
-    partition, ids, sample, gain = entries_of(*arrays, geometry, stack)
+    partition, ids, sample, gain = entries_of(*arrays, geometry=geometry, stack=stack)
     order = jnp.argsort(sample, stable=True)
     sample = sample[order]
     rows = physical_rows(partition[order], ids[order], sample < num_samples, geometry.num_sparsecores, table.shape[0])

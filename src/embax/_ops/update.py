@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -92,7 +93,7 @@ def _portable_stack(
             f"Stack {stack.name!r}: {num_rows} rows and a buffer of {stack.capacity} entries are more than int32 counts, "
             f"{INT32_MAX}, which the portable backend needs; split the table."
         )
-    partition, ids, sample, gain = entries_of(*arrays, geometry, stack)
+    partition, ids, sample, gain = entries_of(*arrays, geometry=geometry, stack=stack)
     if after is not None:
         ids = ids + _opaque_zero(after)
     rows = physical_rows(partition, ids, sample < geometry.num_samples(stack), geometry.num_sparsecores, num_rows)
