@@ -122,7 +122,8 @@ def compile_nnx(vocabulary: int, loss: Callable, *, scan: bool) -> Any:
     def steps(model, optimizer, packed):
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
         def body(carry, packed):
-            return carry, step(*carry, packed)
+            model, optimizer = carry
+            return carry, step(model, optimizer, packed)
 
         return body((model, optimizer), packed)[1]
 

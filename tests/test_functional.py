@@ -148,8 +148,8 @@ def test_mismatches_are_named():
     narrow = embax.EmbeddingVariables(jnp.zeros((64, 4)), embax.SGDSlotVariables())
     with pytest.raises(ValueError, match=r"array float32\[64, 4\]; table and slots must be float32\[64, 8\]"):
         embax.lookup(packed, {"table": narrow}, specs=specs)
+    slot = embax.AdagradSlotVariables(variables["table"].table)
     with pytest.raises(ValueError, match="Stack 'table' has 2 arrays; SGDOptimizerSpec needs 1"):
-        slot = embax.AdagradSlotVariables(variables["table"].table)
         embax.lookup(packed, {"table": embax.EmbeddingVariables(variables["table"].table, slot)}, specs=specs)
     other, other_variables = model(num_sparsecores=2)
     with pytest.raises(

@@ -160,7 +160,7 @@ def test_two_layers_in_one_model():
 
     model = Towers()
     optimizer = PartitionedOptimizer(model, optax.sgd(0.1))
-    ids, labels = draw(np.random.default_rng(0))
+    ids, _ = draw(np.random.default_rng(0))
     packed = model.user.embed.preprocess(ids)
     before = [np.asarray(tower.embed.embedding_table.get_value()["other"].table) for tower in (model.user, model.item)]
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -109,7 +110,7 @@ class SparseCoreEmbed(nnx.Module):
                 f"SparseCoreEmbed was called with {type(packed).__name__}; it takes a packed batch: call "
                 "embed(embed.preprocess(ids)), with preprocess outside jit."
             )
-        activations = lookup_and_update(
+        activations: Any = lookup_and_update(
             self._features.plan, self.embedding_table.get_value(), self.lookups.get_value(), packed, step
         )
         return jax.tree.unflatten(self._features.structure, activations)
