@@ -85,7 +85,7 @@ class ClickModel(nnx.Module):
         vectors = jnp.stack([summary, *(activations[name] for name in self.deep)], axis=1)
         first, second = np.triu_indices(vectors.shape[1], k=1)
         interactions = jnp.einsum("bid,bjd->bij", vectors, vectors)[:, first, second]
-        hidden = self.dropout(jnp.concatenate([interactions, vectors.reshape(len(dense), -1), dense], axis=1))
+        hidden = jnp.concatenate([interactions, vectors.reshape(len(dense), -1), dense], axis=1)
         for layer in self.top:
             hidden = self.dropout(nnx.relu(layer(hidden)))
         log_odds = self.top_out(hidden) + self.wide_dense(dense)

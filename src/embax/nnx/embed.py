@@ -6,8 +6,12 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
-import optax
-from flax import nnx
+
+try:
+    import optax
+    from flax import nnx
+except ImportError as error:
+    raise ImportError("embax.nnx needs Flax and optax: pip install 'embax[flax]'") from error
 
 from embax._lookup_vjp import lookup_and_update
 from embax._matmul import feature_structure, read_rows
