@@ -14,9 +14,11 @@ from embax._specs import QuantizationConfig as QuantizationConfig
 from embax._specs import StackedTableSpec as StackedTableSpec
 from embax._specs import TableSettingInStack as TableSettingInStack
 from embax._specs import TableSpec as TableSpec
+from embax._stacking.stack import auto_stack_tables as auto_stack_tables
 from embax._stacking.stack import get_stacked_table_specs as get_stacked_table_specs
 from embax._stacking.stack import get_table_specs as get_table_specs
 from embax._stacking.stack import prepare_feature_specs_for_training as prepare_feature_specs_for_training
+from embax._stacking.stack import stack_tables as stack_tables
 from embax._variables import EmbeddingVariables as EmbeddingVariables
 from embax._variables import init_embedding_variables as init_embedding_variables
 from embax._version import __version__ as __version__
