@@ -1,7 +1,6 @@
 """Packs the ids of a batch on the host."""
 
 import os
-import threading
 from typing import Any
 
 import jax
@@ -152,7 +151,6 @@ class Packer:
 
 
 _packers: dict[Any, tuple[Packer, list[Any]]] = {}
-_packers_lock = threading.Lock()
 
 
 def _packer_for(specs: Any, limits: str, num_local_devices: int | None) -> Packer:
@@ -174,15 +172,13 @@ def _packer_for(specs: Any, limits: str, num_local_devices: int | None) -> Packe
             *(table._stacked_table_spec, table._setting_in_stack),
         )
     key = (treedef, limits, num_local_devices, tuple(map(id, parts)))
-    with _packers_lock:
-        known = _packers.get(key)
-    if known is not None:
-        return known[0]
-    packer = Packer(specs, limits=limits, num_local_devices=num_local_devices)
-    with _packers_lock:
+    known = _packers.get(key)
+    if known is None:
         if len(_packers) >= _MAX_KEPT:
             _packers.clear()
-        return _packers.setdefault(key, (packer, parts))[0]
+        packer = Packer(specs, limits=limits, num_local_devices=num_local_devices)
+        known = _packers.setdefault(key, (packer, parts))
+    return known[0]
 
 
 def preprocess(
