@@ -286,7 +286,7 @@ def test_limits_of_buffers():
     assert preprocess(ids, specs=place({"f": make_feature("f", table)}, 1, 2)).row_pointers.any()
 
 
-@pytest.mark.parametrize("limits", ["drop", None, True, "Raise"])
+@pytest.mark.parametrize("limits", ["drop", None, True, "Raise", ["grow"]])
 def test_unknown_limits(limits, specs, good):
     text = error_of({"watched": good, "liked": good}, specs=specs, limits=limits)
     assert text == f'limits is {limits!r}; it must be "raise" or "grow".'
@@ -300,6 +300,11 @@ def test_local_devices(specs, good):
     assert "compile different programs and hang" in error_of(
         {"f": good}, specs=specs, limits="grow", num_local_devices=1
     )
+
+
+def test_specs_that_are_not_specs(good):
+    assert "every leaf must be a FeatureSpec" in error_of({"f": good}, specs={"f": 3})
+    assert "The feature specs are empty" in error_of({}, specs={})
 
 
 def test_specs_that_are_not_placed(good):

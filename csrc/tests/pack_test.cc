@@ -69,9 +69,9 @@ Problem MakeProblem(uint64_t seed, int64_t scale) {
       PackFeature feature;
       const int64_t vocabularies[] = {1, 30, 5000, 3000000};
       feature.vocabulary = vocabularies[random.Below(4)];
-      feature.col_offset = offset;
+      feature.col_offset = offset + (random.Coin() ? random.Below(n) : 0);
       feature.col_shift = random.Below(2 * n) - n;
-      offset += ((feature.vocabulary + n - 1) / n + 1) * n;
+      offset += ((feature.vocabulary + n - 1) / n + 2) * n;
       feature.batch = random.Below(scale) * request.num_local_devices;
       feature.wide_ids = random.Coin();
       const bool ragged = random.Coin();

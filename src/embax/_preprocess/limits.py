@@ -1,6 +1,7 @@
 """How large the packed buffers are: as the specs say, or as the batches need."""
 
 import logging
+import os
 import threading
 from typing import NamedTuple
 
@@ -12,6 +13,17 @@ from embax._preprocess.stats import PackStats
 from embax._stacking.plan import Plan, StackPlan
 
 _logger = logging.getLogger("embax")
+
+_growth_lock = threading.Lock()
+"""Held while buffers grow, of whichever packer; replaced in a forked child, where its holder may not exist."""
+
+
+def _renew_growth_lock() -> None:
+    global _growth_lock
+    _growth_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_growth_lock)
 
 
 class Counts(NamedTuple):
@@ -87,7 +99,6 @@ class GrowingCapacities:
 
     def __init__(self, plan: Plan):
         self._plan = plan
-        self._lock = threading.Lock()
         sparsecores = plan.num_sparsecores_per_device
         # All per SparseCore. The largest needs so far decide which stacks grow along.
         self._needs = [0] * len(plan.stacks)
@@ -101,17 +112,18 @@ class GrowingCapacities:
     def fit(self, counts: Counts) -> tuple[int, ...]:
         """Entries of each stack on a device, enough for this batch and for all before it."""
         required = counts.required.max(axis=1).tolist()
-        with self._lock:
+        with _growth_lock:
+            before = self._shares
             self._needs = [max(pair) for pair in zip(self._needs, required, strict=True)]
-            if any(need > share for need, share in zip(self._needs, self._shares, strict=True)):
-                before = self._shares
+            if any(need > share for need, share in zip(self._needs, before, strict=True)):
                 self._shares = [
                     max(share, _with_headroom(need)) if need + need // 8 > share else share
-                    for need, share in zip(self._needs, self._shares, strict=True)
+                    for need, share in zip(self._needs, before, strict=True)
                 ]
-                _logger.info("Packed buffers grow from %s to %s entries a SparseCore.", before, self._shares)
             shares = self._shares
-        return tuple(share * self._plan.num_sparsecores_per_device for share in shares)
+        if shares is not before:
+            _logger.info("Packed buffers grow from %s to %s entries a SparseCore.", before, shares)
+        return tuple([share * self._plan.num_sparsecores_per_device for share in shares])
 
 
 def _with_headroom(need: int) -> int:

@@ -1,7 +1,6 @@
 """Packs the ids of a batch on the host."""
 
 import os
-import threading
 from typing import Any
 
 import jax
@@ -13,8 +12,8 @@ from embax._preprocess.buffers import PackedLayout, PreprocessedInput, empty_arr
 from embax._preprocess.faults import Fault, fault_error
 from embax._preprocess.inputs import FlatFeature, flatten_like, read_feature
 from embax._preprocess.limits import Counts, FixedCapacities, GrowingCapacities
-from embax._specs import COMBINERS
-from embax._stacking.plan import Plan, feature_leaves, make_plan
+from embax._specs import COMBINERS, FeatureSpec
+from embax._stacking.plan import Plan, make_plan
 
 _CAPACITIES = {"raise": FixedCapacities, "grow": GrowingCapacities}
 _MAX_KEPT = 32
@@ -33,6 +32,11 @@ def num_threads() -> int:
     if not (value.isascii() and value.isdigit() and len(value) <= 4 and 1 <= int(value) <= 1024):
         raise ValueError(f"EMBAX_NUM_THREADS is {value!r}; it must be an integer from 1 to 1024, or unset.")
     return int(value)
+
+
+def _check_limits(limits: str) -> None:
+    if not (isinstance(limits, str) and limits in _CAPACITIES):
+        raise ValueError(f'limits is {limits!r}; it must be "raise" or "grow".')
 
 
 def _default_local_devices(plan: Plan) -> int:
@@ -63,8 +67,7 @@ class Packer:
     """
 
     def __init__(self, specs: Any, *, limits: str = "grow", num_local_devices: int | None = None):
-        if limits not in _CAPACITIES:
-            raise ValueError(f'limits is {limits!r}; it must be "raise" or "grow".')
+        _check_limits(limits)
         plan = make_plan(specs)
         self.plan = plan
         self.limits = limits
@@ -148,7 +151,6 @@ class Packer:
 
 
 _packers: dict[Any, tuple[Packer, list[Any]]] = {}
-_packers_lock = threading.Lock()
 
 
 def _packer_for(specs: Any, limits: str, num_local_devices: int | None) -> Packer:
@@ -157,22 +159,26 @@ def _packer_for(specs: Any, limits: str, num_local_devices: int | None) -> Packe
     What packing depends on is immutable (placements, names, sizes), so that the identities of these objects tell
     cheaply whether it changed. The objects are kept alive with the packer, so that no other can get their identity.
     """
+    _check_limits(limits)
+    leaves, treedef = jax.tree.flatten(specs)
     parts: list[Any] = []
-    for leaf in feature_leaves(specs):
+    for leaf in leaves:
+        if not isinstance(leaf, FeatureSpec):
+            return Packer(specs, limits=limits, num_local_devices=num_local_devices)  # Says what is wrong.
         table = leaf.table_spec
-        parts += (leaf.name, leaf._id_transformation, leaf.input_shape, leaf.output_shape)
-        parts += (table, table.name, table.vocabulary_size, table.embedding_dim)
-        parts += (table._stacked_table_spec, table._setting_in_stack)
-    key = (jax.tree.structure(specs), limits, num_local_devices, tuple(map(id, parts)))
-    with _packers_lock:
-        known = _packers.get(key)
-    if known is not None:
-        return known[0]
-    packer = Packer(specs, limits=limits, num_local_devices=num_local_devices)
-    with _packers_lock:
+        parts += (
+            *(leaf.name, leaf._id_transformation, leaf.input_shape, leaf.output_shape),
+            *(table, table.name, table.vocabulary_size, table.embedding_dim),
+            *(table._stacked_table_spec, table._setting_in_stack),
+        )
+    key = (treedef, limits, num_local_devices, tuple(map(id, parts)))
+    known = _packers.get(key)
+    if known is None:
         if len(_packers) >= _MAX_KEPT:
             _packers.clear()
-        return _packers.setdefault(key, (packer, parts))[0]
+        packer = Packer(specs, limits=limits, num_local_devices=num_local_devices)
+        known = _packers.setdefault(key, (packer, parts))
+    return known[0]
 
 
 def preprocess(
