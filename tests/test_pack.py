@@ -222,7 +222,7 @@ def unpack(packer, packed):
                         sample, row = samples[device, entry], ids[device, entry]
                         feature, batch, share, number = split_sample(stack, place_, S, sample)
                         table = feature.table
-                        id_ = (row - table.row_offset_in_shard) * N + (partition - table.rotation) % N
+                        id_ = (row - table.rows.row_offset_in_shard) * N + (partition - table.rows.rotation) % N
                         key = (feature.leaf, device * batch + sparsecore * share + number, id_)
                         assert key not in found
                         found[key] = gains[device, entry]

@@ -1,7 +1,7 @@
 """What a click-style training set is to this program, wherever it came from."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class Table:
     """The vocabulary of a table. ``names[id]`` says what an id stands for; empty where that is unknown (hashed)."""
 
     rows: int
-    names: Sequence[str] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Dataset:
       labels: float32[samples], 0 or 1.
       train, validation, test: consecutive slices of the samples.
       split_names: what the three slices are, for instance "January to September".
-      showcase: the table whose learned rows are worth a picture.
+      showcase: the single-valued feature whose learned rows are worth a picture.
     """
 
     title: str
@@ -92,6 +92,15 @@ class Dataset:
             for name, feature in self.features.items()
         }
         return ids, self.dense[rows], self.labels[rows]
+
+    def take(self, rows: np.ndarray) -> "Dataset":
+        """The samples at positions ``rows``, int[n], all of them as test set."""
+        ids, dense, labels = self.batch(rows)
+        features = {name: dataclasses.replace(feature, ids=ids[name]) for name, feature in self.features.items()}
+        nothing, everything = slice(0, 0), slice(0, len(rows))
+        return dataclasses.replace(
+            self, features=features, dense=dense, labels=labels, train=nothing, validation=nothing, test=everything
+        )
 
     def rows(self, part: slice) -> np.ndarray:
         """Positions of the samples of one split, int64[n]."""

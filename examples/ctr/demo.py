@@ -13,6 +13,7 @@ from . import baselines, criteo, flights
 from .dataset import Dataset
 from .metrics import Score, score
 from .pictures import draw_calibration, draw_curves, draw_embeddings
+from .probe import probe
 from .train import new_model, predict, train
 
 CHECKPOINT, PREDICTIONS = "checkpoint", "test_predictions.npy"
@@ -75,8 +76,7 @@ def run(settings: Settings) -> None:
     logistic_validation = score(dataset.labels[dataset.validation], logistic(dataset.validation))
     draw_curves(history, logistic_validation, dataset, pictures[0])
     draw_calibration({"embax": predicted, "logistic regression": by_logistic}, dataset, pictures[1])
-    showcase = model.embed.rows(dataset.showcase, np.arange(dataset.tables[dataset.showcase].rows))
-    draw_embeddings(np.asarray(showcase), dataset, pictures[2])
+    draw_embeddings(probe(model, dataset), dataset, pictures[2])
     print("written:", *(f"  {path}" for path in (checkpoint, settings.out / PREDICTIONS, *pictures)), sep="\n")
     print(f"{time.perf_counter() - started:.0f} seconds in all")
 

@@ -93,7 +93,7 @@ def build(frames: Frames) -> Dataset:
         validation=validation,
         test=slice(test_start, len(schedule)),
         split_names=("January to September", "October", "November and December"),
-        showcase="airport",
+        showcase="dest",
     )
 
 
@@ -151,7 +151,7 @@ def _index(column: np.ndarray, train: slice) -> tuple[Table, np.ndarray]:
     """The vocabulary of the training slice, with row 0 for what that slice lacks, and int32[flights] ids."""
     names = np.concatenate([[UNSEEN], np.unique(column[train])])
     ids = pd.Index(names[1:]).get_indexer(column) + 1
-    return Table(len(names), names.tolist()), ids.astype(np.int32)
+    return Table(len(names), tuple(names.tolist())), ids.astype(np.int32)
 
 
 def _dense(schedule: pd.DataFrame, frames: Frames) -> np.ndarray:

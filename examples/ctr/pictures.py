@@ -5,15 +5,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from .dataset import Dataset, Ids
+from .dataset import Dataset
 from .metrics import Score
+from .probe import Probe
 from .train import History
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#d9661f", "#8a8a8a"
 MOST_BINS, BIN_SAMPLES = 20, 50  # of the calibration
-FEWEST_SAMPLES = 100  # that a row needs in training to be drawn, unless too few rows have them
-FEWEST_ROWS, MOST_ROWS = 10, 120  # in one picture
-NEIGHBOURS = 5
 
 
 def draw_curves(history: History, logistic: Score, dataset: Dataset, path: Path) -> None:
@@ -52,63 +50,47 @@ def draw_calibration(predictions: dict[str, np.ndarray], dataset: Dataset, path:
         lower.hist(predicted, bins=60, range=(0, 1), histtype="step", color=colour)
     upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfectly calibrated")
     limit = min(1.0, limit)
-    upper.set(xlim=(0, limit), ylim=(0, limit), ylabel="observed share in each bin")
+    upper.set(xlim=(0, limit), ylim=(0, limit), ylabel=f"observed share, {bins_wanted} bins of equally many samples")
     lower.set(xlabel=f"predicted probability of being {dataset.positive}", ylabel="test samples")
     upper.legend(frameon=False)
     upper.grid(alpha=0.3)
-    upper.set_title(f"Test set ({dataset.split_names[2]}): {labels.mean():.1%} were {dataset.positive}")
+    upper.set_title(f"{dataset.split_names[2]} (test): {labels.mean():.1%} {dataset.positive}")
     figure.savefig(path, dpi=130)
 
 
-def draw_embeddings(rows: np.ndarray, dataset: Dataset, path: Path) -> None:
-    """What the rows of the showcase table have learned, ``rows`` float32[vocabulary, dim].
-
-    Left, their two principal components; right, whether neighbours in all dimensions have similar labels.
-    """
-    table = dataset.tables[dataset.showcase]
-    feature = next(feature for feature in dataset.features.values() if feature.table == dataset.showcase)
-    shares, counts = _shares(feature.ids, dataset, table.rows)
-    frequent = np.argsort(-counts, kind="stable")[:MOST_ROWS]
-    frequent = frequent[counts[frequent] >= min(FEWEST_SAMPLES, counts[frequent[FEWEST_ROWS - 1]])]
-    vectors, shares, counts = rows[frequent] - rows[frequent].mean(axis=0), shares[frequent], counts[frequent]
+def draw_embeddings(probe: Probe, dataset: Dataset, path: Path) -> None:
+    """Left, the two principal components of the learned rows; right, what the rows do beside what was observed."""
+    vectors = probe.vectors - probe.vectors.mean(axis=0)
     _, singular, directions = np.linalg.svd(vectors, full_matrices=False)
     explained = singular**2 / (singular**2).sum()
     plane = vectors @ directions[:2].T
-
-    distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
-    np.fill_diagonal(distances, np.inf)
-    nearest = min(NEIGHBOURS, len(frequent) // 5)
-    neighbours = shares[np.argsort(distances, axis=1)[:, :nearest]].mean(axis=1)
-    correlation = np.corrcoef(shares, neighbours)[0, 1]
+    predicted, observed = 100 * probe.predicted, 100 * probe.observed
 
     figure = Figure(figsize=(14, 6.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
-    dots = left.scatter(*plane.T, c=100 * shares, s=12 + 250 * counts / counts.max(), cmap="viridis", alpha=0.85)
-    figure.colorbar(dots, ax=left, label=f"% {dataset.positive} in training")
-    for place, row in zip(plane, frequent, strict=True):
-        name = table.names[row] if table.names else str(row)
-        left.annotate(name, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
+    left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
+    sizes = 12 + 250 * probe.counts / probe.counts.max()
+    colours = {"c": predicted, "cmap": "viridis", "alpha": 0.85}
+    dots = left.scatter(*plane.T, s=sizes, **colours)
+    right.scatter(observed, predicted, s=sizes, **colours)
+    figure.colorbar(dots, ax=left, label=f"% predicted {dataset.positive}, all else equal")
+    for name, *places in zip(probe.names, plane, np.stack([observed, predicted], axis=1), strict=True):
+        for axes, place in zip((left, right), places, strict=True):
+            axes.annotate(name, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
     left.set(
-        title=f"Learned rows of the table {dataset.showcase!r} (area: number of samples)",
+        title=f"Learned rows of {dataset.showcase!r} (area: number of samples)",
         xlabel=f"first principal component ({explained[0]:.0%} of the variance)",
         ylabel=f"second principal component ({explained[1]:.0%})",
     )
-    right.scatter(100 * shares, 100 * neighbours, color=BLUE, s=14)
-    right.axline((100 * shares.mean(), 100 * shares.mean()), slope=1, color=GREY, linestyle="--")
+    right.axline((observed.mean(), observed.mean()), slope=1, color=GREY, linestyle="--")
     right.set(
-        title="Each row beside its neighbours",
+        title=f"What the row alone does, and what it coincides with (correlation {np.corrcoef(observed, predicted)[0, 1]:.2f})",
         xlabel=f"% {dataset.positive} in training",
-        ylabel=f"the same of the {nearest} nearest rows in all {rows.shape[1]} dimensions, mean",
+        ylabel="% predicted, all else equal",
     )
     right.grid(alpha=0.3)
-    verdict = "have similar rates" if correlation > 0.5 else "do not have clearly similar rates"
-    figure.suptitle(f"Rows of {dataset.showcase!r} that lie near each other {verdict} (correlation {correlation:.2f})")
+    least, most = predicted.argmin(), predicted.argmax()
+    figure.suptitle(
+        f"The same samples, each with another {dataset.showcase!r}: {predicted[least]:.0f}% ({probe.names[least]}) "
+        f"to {predicted[most]:.0f}% ({probe.names[most]}) predicted {dataset.positive}"
+    )
     figure.savefig(path, dpi=130)
-
-
-def _shares(ids: Ids, dataset: Dataset, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """By id: the share of positive training labels (0 where there is none) and the number of training samples."""
-    assert isinstance(ids, np.ndarray)
-    counts = np.bincount(ids[dataset.train], minlength=vocabulary)
-    positive = np.bincount(ids[dataset.train], dataset.labels[dataset.train], minlength=vocabulary)
-    return positive / np.maximum(counts, 1), counts
