@@ -1,10 +1,14 @@
 """Lookup and update in float64 NumPy, straight from their definition: what every lowering is tested against."""
 
+import jax
 import numpy as np
 
 import embax
 from embax._stacking.layout import take_table
 from embax._stacking.plan import make_plan
+
+# One object for all tables: a compiled initialization is kept by the identity of its initializer.
+NORMAL = jax.nn.initializers.normal(1.0)
 
 
 def gains_of(ids, combiner, weights=None):
@@ -60,13 +64,11 @@ def tables_of(variables, specs):
 
 def table_spec(name="table", vocabulary=50, dim=8, combiner="sum", optimizer=None, initializer=None, **fields):
     """A table with sensible defaults."""
-    import jax
-
     return embax.TableSpec(
         name=name,
         vocabulary_size=vocabulary,
         embedding_dim=dim,
-        initializer=initializer or jax.nn.initializers.normal(1.0),
+        initializer=initializer or NORMAL,
         optimizer=optimizer or embax.SGDOptimizerSpec(0.1),
         combiner=combiner,
         **fields,
