@@ -84,5 +84,6 @@ def check_tables(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]
         if (before["class"], before["slots"]) != (now["class"], now["slots"]):
             raise CheckpointError(
                 f"Checkpoint {path}: table {name!r} is stored with the optimizer {_optimizer_text(before)}, and the "
-                f"specs say {_optimizer_text(now)}. Give its TableSpec an {before['class']}; its hyperparameters may differ."
+                f"specs say {_optimizer_text(now)}. Give its TableSpec an {before['class']}; its hyperparameters may "
+                "differ."
             )

@@ -48,19 +48,26 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _publish(partial: Path, path: Path) -> None:
     """Moves `partial` to `path`; what was there, if anything, is then gone."""
+    replaced = None
     if not path.exists():
         os.rename(partial, path)
     elif _exchange(partial, path):
-        shutil.rmtree(partial)
+        replaced = partial
     else:
-        os.rename(path, previous_path(path))
-        os.rename(partial, path)
-        shutil.rmtree(previous_path(path))
+        replaced = previous_path(path)
+        os.rename(path, replaced)
+        try:
+            os.rename(partial, path)
+        except BaseException:
+            os.rename(replaced, path)
+            raise
     sync(path.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)  # if it stays, the next save removes it
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes what killed saves to `path` left behind; a running one holds a lock on its directory."""
+    """Removes what killed saves to `path` left behind, but not what a running one, which holds a lock, works on."""
     for leftover in path.parent.glob(glob.escape(_hidden(path, "partial-").name) + "*"):
         with contextlib.suppress(OSError), _locked(leftover):
             shutil.rmtree(leftover)

@@ -44,8 +44,7 @@ def read_stack(stored: Stored, plan: Plan, stack: StackPlan, stored_names: Mappi
 
 def read_leaves(stored: Stored, descriptions: Sequence[dict[str, Any]], template: Sequence[NamedLeaf]) -> list[Any]:
     """The leaves of `descriptions`, checked, each as its template is."""
-    everything = stored.content["extra"]
-    numbers = {leaf["path"]: str(number) for number, leaf in enumerate(everything)}
+    numbers = {leaf["path"]: str(number) for number, leaf in enumerate(stored.content["extra"] or [])}
     wanted = [numbers[leaf["path"]] for leaf in descriptions if "shape" in leaf and 0 not in leaf["stored"]["shape"]]
     arrays = read_arrays(stored.path / EXTRA_DIRECTORY, wanted) if wanted else {}
     leaves = []

@@ -88,6 +88,9 @@ def write_checkpoint(
             if arrays:
                 write_arrays(directory / EXTRA_DIRECTORY, arrays)
             write_metadata(directory, content)
+            _check_destination(path, overwrite)  # again: it took a while
+    except FileExistsError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"Saving the checkpoint {path} failed: {error}. Nothing was changed there; check the free space and the "
