@@ -685,7 +685,7 @@ shutil.rmtree(path)
 if overwrite:
     os.rename(path + ".copy", path)
 print(total, flush=True)
-for number in sorted({*range(0, total, max(1, total // moments)), *range(total - 8, total)}):
+for number in sorted({*range(0, total, max(1, total // moments)), *range(total - 6, total)}):
     status = in_child(number)
     assert os.WTERMSIG(status) == signal.SIGKILL, (number, status)
     print(number, flush=True)
@@ -699,7 +699,7 @@ def test_kill_9(tmp_path, specs, variables, overwrite):
     if overwrite:
         checkpoint.save(path, variables, specs=specs)
     old, new = logical(variables, specs), logical(random_variables(specs, 1), specs)
-    command = [sys.executable, "-W", "error", "-c", KILLED_SAVES, Path(__file__).parent, path, str(overwrite), "5"]
+    command = [sys.executable, "-W", "error", "-c", KILLED_SAVES, Path(__file__).parent, path, str(overwrite), "3"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     found = []
     with subprocess.Popen(
