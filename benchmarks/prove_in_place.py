@@ -64,7 +64,7 @@ def quadratic_loss(activations: dict[str, jax.Array], target: jax.Array) -> jax.
 def packed_batch(specs: Any) -> embax.PreprocessedInput:
     """One packed batch."""
     ids = np.arange(BATCH, dtype=np.int32)[:, None]
-    return embax.preprocess(dict.fromkeys(specs, ids), specs=specs)
+    return embax.preprocess(dict.fromkeys(specs, ids), specs=specs, limits="grow")
 
 
 def repeat(tree: Any) -> Any:
@@ -100,10 +100,15 @@ class Model(nnx.Module):
         self.dense = nnx.Linear(DIM, DIM, rngs=nnx.Rngs(1))
 
 
+def make_model(vocabulary: int) -> tuple[Model, embax.nnx.embed.PartitionedOptimizer]:
+    """A model and its optimizer."""
+    model = Model(vocabulary)
+    return model, embax.nnx.embed.PartitionedOptimizer(model, optax.adam(1e-3))
+
+
 def compile_nnx(vocabulary: int, loss: Callable, *, scan: bool) -> Any:
     """A step of the NNX layer and `PartitionedOptimizer`, or an `nnx.scan` over several."""
-    model = Model(vocabulary)
-    optimizer = embax.nnx.embed.PartitionedOptimizer(model, optax.adam(1e-3))
+    model, optimizer = nnx.eval_shape(lambda: make_model(vocabulary))
     target = jnp.ones((BATCH, DIM))
 
     def step(model, optimizer, packed):
@@ -117,13 +122,16 @@ def compile_nnx(vocabulary: int, loss: Callable, *, scan: bool) -> Any:
     def steps(model, optimizer, packed):
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
         def body(carry, packed):
-            return carry, step(*carry, packed)
+            model, optimizer = carry
+            return carry, step(model, optimizer, packed)
 
         return body((model, optimizer), packed)[1]
 
     packed = packed_batch(model.embed.feature_specs)
     if scan:
-        compiled = nnx.jit(steps, donate_argnames=("model", "optimizer")).lower(model, optimizer, repeat(packed)).compile()
+        compiled = (
+            nnx.jit(steps, donate_argnames=("model", "optimizer")).lower(model, optimizer, repeat(packed)).compile()
+        )
     else:
         compiled = nnx.jit(step, donate_argnames=("model", "optimizer")).lower(model, optimizer, packed).compile()
     return compiled.compiled

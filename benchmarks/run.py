@@ -14,17 +14,17 @@ from collections.abc import Callable
 
 import jax
 
-import embax
 from benchmarks.steps import Embax, PlainJax, check_equal
 from benchmarks.workloads import WIDE, WORKLOADS, Workload
+from embax import _native
 
 RESULTS = pathlib.Path(__file__).with_name("RESULTS.md")
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
+def milliseconds(call: Callable[[int], object], number: int) -> float:
+    """Wall time of `call(number)`."""
     start = time.perf_counter()
-    call()
+    call(number)
     return (time.perf_counter() - start) * 1e3
 
 
@@ -33,17 +33,23 @@ def alternate(calls: dict[str, Callable[[int], object]], rounds: int) -> dict[st
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         for name, call in calls.items():
-            times[name].append(milliseconds(lambda call=call: call(number)))
+            times[name].append(milliseconds(call, number))
     return times
 
 
 def machine() -> str:
     """One line about what was measured on."""
     model = next(
-        (line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
-    return f"{model}, {os.cpu_count()} cores, {embax.simd()}; Python {platform.python_version()}, jax {jax.__version__}"
+    return (
+        f"{model}, {os.cpu_count()} cores, {_native.simd()}; Python {platform.python_version()}, jax {jax.__version__}"
+    )
 
 
 def parts(workload: Workload, rounds: int) -> dict[str, float]:

@@ -34,9 +34,7 @@ class Workload:
     def describe(self) -> str:
         """One line about the workload."""
         law = "uniform" if self.exponent is None else f"power law {self.exponent}"
-        return (
-            f"{self.num_tables} x {self.vocabulary:,} rows x {self.dim}, batch {self.batch}, {self.valency} ids each, {law}"
-        )
+        return f"{self.num_tables} x {self.vocabulary:,} rows x {self.dim}, batch {self.batch}, {self.valency} ids each, {law}"
 
     def specs(self) -> dict[str, embax.FeatureSpec]:
         """Placed features, with full-slot Adagrad as optimizer."""

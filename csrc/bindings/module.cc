@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,6 +12,11 @@
 #include "core/pack.h"
 #include "kernels/ffi.h"
 #include "kernels/rows.h"
+
+#if defined(__GLIBCXX__)
+#include <cxxabi.h>
+#include <unistd.h>
+#endif
 
 namespace nb = nanobind;
 
@@ -43,12 +49,35 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<1>> ToNumpy(const std::vector<int32_t>&
   return nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>(copy, {values.size()}, owner);
 }
 
+// Calls `body` with the interpreter lock released. Where the interpreter ends meanwhile, Python before 3.14 ends this thread
+// by unwinding its stack, which C++ answers with std::terminate: such a thread sleeps until the process is gone instead.
+template <typename Body>
+void WithoutLock(Body&& body) {
+  PyThreadState* state = PyEval_SaveThread();
+  std::exception_ptr error;
+  try {
+    body();
+  } catch (...) {
+    error = std::current_exception();
+  }
+#if defined(__GLIBCXX__)
+  try {
+    PyEval_RestoreThread(state);
+  } catch (abi::__forced_unwind&) {
+    for (;;) pause();
+  }
+#else
+  PyEval_RestoreThread(state);
+#endif
+  if (error) std::rethrow_exception(error);
+}
+
 // The batch between the two phases, as Python holds it.
 struct Sorted {
   embax::SortedBatch::Ptr batch;
 };
 
-nb::tuple SortBatch(const nb::list& ids, const nb::list& weights, const nb::list& row_splits, Int64Matrix features,
+nb::object SortBatch(const nb::list& ids, const nb::list& weights, const nb::list& row_splits, Int64Matrix features,
                     Int64Matrix stacks, Int64Vector order, int64_t num_local_devices, int64_t sparsecores_per_device,
                     int64_t num_sparsecores, int64_t threads) {
   const size_t num_features = ids.size();
@@ -115,15 +144,12 @@ nb::tuple SortBatch(const nb::list& ids, const nb::list& weights, const nb::list
   }
   Sorted sorted{embax::SortedBatch::New()};
   embax::PackError error;
-  {
-    nb::gil_scoped_release release;
-    error = sorted.batch->Sort(request, threads);
-  }
+  WithoutLock([&] { error = sorted.batch->Sort(request, threads); });
   if (error.fault != embax::PackFault::kNone) {
-    return nb::make_tuple(nb::none(), nb::make_tuple(static_cast<int>(error.fault), error.feature, error.sample,
-                                                     error.position, error.value, error.number));
+    return nb::make_tuple(static_cast<int>(error.fault), error.feature, error.sample, error.position, error.value,
+                          error.number);
   }
-  return nb::make_tuple(std::move(sorted), nb::none());
+  return nb::cast(std::move(sorted));
 }
 
 void WriteBatch(const Sorted& sorted, Int64Matrix placements, Int32Output row_pointers, Int32Output ids,
@@ -150,11 +176,8 @@ void WriteBatch(const Sorted& sorted, Int64Matrix placements, Int32Output row_po
   arrays.gains = gains.data();
   arrays.row_pointers_per_device = static_cast<int64_t>(row_pointers.size() / devices);
   arrays.entries_per_device = static_cast<int64_t>(ids.size() / devices);
-  bool fits;
-  {
-    nb::gil_scoped_release release;
-    fits = sorted.batch->Write(places, arrays, threads);
-  }
+  bool fits = false;
+  WithoutLock([&] { fits = sorted.batch->Write(places, arrays, threads); });
   if (!fits) throw nb::value_error("the arrays do not hold the batch at these placements");
 }
 
@@ -179,6 +202,7 @@ nb::dict RowRules() {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // A thread that packs while the interpreter ends keeps its batch.
   m.doc() = "Native code of embax. Private: its callers check what users give, and write the messages.";
   nb::class_<Sorted>(m, "SortedBatch", "Ids that were read, checked and sorted, and their counts.")
       .def_prop_ro("max_ids", [](const Sorted& s) { return ToNumpy(s.batch->max_ids()); }, nb::rv_policy::automatic,
@@ -190,7 +214,7 @@ NB_MODULE(_native, m) {
   m.def("sort_batch", &SortBatch, nb::arg("ids"), nb::arg("weights"), nb::arg("row_splits"),
         nb::arg("features").noconvert(), nb::arg("stacks").noconvert(), nb::arg("order").noconvert(),
         nb::arg("num_local_devices"), nb::arg("sparsecores_per_device"), nb::arg("num_sparsecores"), nb::arg("threads"),
-        "Reads, checks and sorts ids: (SortedBatch, None), or (None, (fault, feature, sample, position, value, number)).");
+        "Reads, checks and sorts ids: a SortedBatch, or the first (fault, feature, sample, position, value, number).");
   m.def("write_batch", &WriteBatch, nb::arg("batch"), nb::arg("placements").noconvert(),
         nb::arg("row_pointers").noconvert(), nb::arg("ids").noconvert(), nb::arg("samples").noconvert(),
         nb::arg("gains").noconvert(), nb::arg("num_local_devices"), nb::arg("threads"),

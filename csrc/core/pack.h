@@ -10,11 +10,9 @@
 #include <memory>
 #include <vector>
 
-namespace embax {
+#include "core/format.h"
 
-constexpr int32_t kPaddingId = INT32_MAX;  // Id and sample of an entry that only fills up a partition.
-constexpr int64_t kPartitionAlignment = 8;
-constexpr int64_t kMinRowPointers = 8;
+namespace embax {
 
 enum class Combiner : int32_t { kSum = 0, kMean = 1, kSqrtn = 2 };
 

@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "core/format.h"
 #include "core/parallel.h"
 #include "kernels/rows.h"
 #include "xla/ffi/api/ffi.h"
@@ -53,7 +54,7 @@ class PackedBatch {
         num_row_pointers_(row_pointers.element_count()),
         num_entries_(std::min({ids.element_count(), samples.element_count(), gains.element_count()})),
         num_sparsecores_(num_sparsecores),
-        row_pointers_per_sparsecore_(std::max<int64_t>(num_sparsecores, 8)),
+        row_pointers_per_sparsecore_(std::max(num_sparsecores, kMinRowPointers)),
         stacks_(reinterpret_cast<const Stack*>(stacks.begin())),
         num_stacks_(stacks.size() / (sizeof(Stack) / sizeof(int64_t))) {}
 

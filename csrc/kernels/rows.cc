@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/format.h"
 #include "kernels/optimizers.h"
 
 namespace embax {

@@ -11,7 +11,6 @@ namespace embax {
 
 constexpr int kMaxSlots = 4;
 constexpr int kMaxHyperparameters = 8;
-constexpr int64_t kPartitionAlignment = 8;  // Partitions start at multiples of this many entries.
 
 // One SparseCore's share of the packed entries of a stack.
 struct Entries {

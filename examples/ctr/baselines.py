@@ -50,4 +50,4 @@ def one_hot(dataset: Dataset) -> scipy.sparse.csr_matrix:
             ids, splits, weights = feature.ids, np.arange(len(feature.ids) + 1), np.ones(len(feature.ids))
         shape = (len(splits) - 1, dataset.tables[feature.table].rows)
         blocks.append(scipy.sparse.csr_matrix((weights, ids, splits), shape=shape))
-    return scipy.sparse.hstack(blocks, format="csr")
+    return scipy.sparse.csr_matrix(scipy.sparse.hstack(blocks, format="csr"))

@@ -55,18 +55,19 @@ def load(path: Path, rows_per_column: int) -> Dataset:
                 f"{path}: the {name} of its {size:,} lines (lines {part.start + 1} to {part.stop}) do not have both "
                 "labels; expected at least one 0 and one 1 there, to train and to compute an AUC. Give a longer file."
             )
+    columns = dict(zip(COLUMNS[-CATEGORIES:], ids.T, strict=True))
     return Dataset(
         title=f"{path.name}: {size:,} lines in Criteo format",
-        positive="is clicked",
-        features={name: Feature(name, column) for name, column in zip(COLUMNS[-CATEGORIES:], ids.T, strict=True)},
-        tables={name: Table(rows_per_column) for name in COLUMNS[-CATEGORIES:]},
+        positive="clicked",
+        features={name: Feature(name, column) for name, column in columns.items()},
+        tables={name: Table(rows_per_column) for name in columns},
         dense=standardise(integers, train),
         labels=labels,
         train=train,
         validation=validation,
         test=test,
         split_names=SPLITS,
-        showcase="C1",
+        showcase=max(columns, key=lambda name: np.count_nonzero(np.bincount(columns[name]))),  # the most values,
     )
 
 

@@ -63,7 +63,7 @@ class Dataset:
 
     Attributes:
       title: one line for people.
-      positive: what a label of 1 means, for instance "15 or more minutes late".
+      positive: what a sample with a label of 1 is, for instance "15 or more minutes late".
       features: categorical features by name.
       tables: vocabularies by name.
       dense: float32[samples, inputs], standardised on the training slice, without missing values.

@@ -98,17 +98,17 @@ def _restore_in_new_process(settings: Settings) -> None:
     given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     sys.stdout.flush()
-    subprocess.run([sys.executable, "-m", __package__, *options, "--check-restore"], check=True)
+    subprocess.run([sys.executable, "-m", "examples.ctr", *options, "--check-restore"], check=True)
 
 
 def _describe(dataset: Dataset) -> None:
     """What the data is, in a few lines."""
     print(dataset.title)
-    print(f"question: which {dataset.positive}?")
+    print(f"question: which of them are {dataset.positive}?")
     parts = (dataset.train, dataset.validation, dataset.test)
     for role, name, part in zip(("train", "validation", "test"), dataset.split_names, parts, strict=True):
         share = dataset.labels[part].mean()
-        print(f"  {role:<10} {part.stop - part.start:>9,} samples, {share:.1%} positive  ({name})")
+        print(f"  {role:<10} {part.stop - part.start:>9,} samples, {share:.1%} {dataset.positive}  ({name})")
     rows = sum(table.rows for table in dataset.tables.values())
     print(
         f"  {len(dataset.features)} categorical features on {len(dataset.tables)} tables with {rows:,} rows in all",

@@ -54,9 +54,9 @@ def feature_specs(dataset: Dataset, batch_size: int) -> dict[str, embax.FeatureS
 
 
 def embax_ids(ids: dict[str, Ids]) -> dict[str, embax.Ragged | np.ndarray]:
-    """A batch of ids in the forms that embax takes: Ragged, or int32[batch, 1]."""
+    """A batch of ids in the forms that embax takes: Ragged, or int32[batch]."""
     return {
-        name: embax.Ragged(column.values, column.row_splits) if isinstance(column, RaggedIds) else column[:, None]
+        name: embax.Ragged(column.values, column.row_splits) if isinstance(column, RaggedIds) else column
         for name, column in ids.items()
     }
 
@@ -79,7 +79,7 @@ class ClickModel(nnx.Module):
         self.dropout = nnx.Dropout(DROPOUT, rngs=rngs)
 
     def __call__(self, packed, dense: jax.Array) -> jax.Array:
-        """float32[batch] log odds, from ids packed by ``embed.preprocess`` and ``dense``, float32[batch, inputs]."""
+        """float32[batch] log odds, from packed ids and ``dense``, float32[batch, inputs]."""
         activations = self.embed(packed)
         summary = self.bottom_out(nnx.relu(self.bottom(dense)))
         vectors = jnp.stack([summary, *(activations[name] for name in self.deep)], axis=1)

@@ -10,8 +10,9 @@ from .metrics import Score
 from .train import History
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#d9661f", "#8a8a8a"
-CALIBRATION_BINS = 20
-FEWEST_SAMPLES, MOST_ROWS = 100, 120  # training samples of a row to be drawn, and rows in one picture
+MOST_BINS, BIN_SAMPLES = 20, 50  # of the calibration
+FEWEST_SAMPLES = 100  # that a row needs in training to be drawn, unless too few rows have them
+FEWEST_ROWS, MOST_ROWS = 10, 120  # in one picture
 NEIGHBOURS = 5
 
 
@@ -42,20 +43,20 @@ def draw_calibration(predictions: dict[str, np.ndarray], dataset: Dataset, path:
     figure = Figure(figsize=(6.5, 6.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     labels = dataset.labels[dataset.test]
-    limit = 0.0
+    limit, bins_wanted = 0.0, min(MOST_BINS, max(2, len(labels) // BIN_SAMPLES))
     for (name, predicted), colour in zip(predictions.items(), (BLUE, ORANGE), strict=True):
-        bins = np.array_split(np.argsort(predicted, kind="stable"), CALIBRATION_BINS)
+        bins = np.array_split(np.argsort(predicted, kind="stable"), bins_wanted)
         means = np.array([(predicted[rows].mean(), labels[rows].mean()) for rows in bins])
         limit = max(limit, means.max() * 1.1)
         upper.plot(*means.T, "o-", color=colour, label=f"{name}: {predicted.mean():.1%} predicted on average")
         lower.hist(predicted, bins=60, range=(0, 1), histtype="step", color=colour)
     upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfectly calibrated")
     limit = min(1.0, limit)
-    upper.set(xlim=(0, limit), ylim=(0, limit), ylabel="observed share in a twentieth of the samples")
-    lower.set(xlabel=f"predicted probability that a sample {dataset.positive}", ylabel="test samples")
+    upper.set(xlim=(0, limit), ylim=(0, limit), ylabel="observed share in each bin")
+    lower.set(xlabel=f"predicted probability of being {dataset.positive}", ylabel="test samples")
     upper.legend(frameon=False)
     upper.grid(alpha=0.3)
-    upper.set_title(f"Test set ({dataset.split_names[2]}): {labels.mean():.1%} observed")
+    upper.set_title(f"Test set ({dataset.split_names[2]}): {labels.mean():.1%} were {dataset.positive}")
     figure.savefig(path, dpi=130)
 
 
@@ -68,38 +69,40 @@ def draw_embeddings(rows: np.ndarray, dataset: Dataset, path: Path) -> None:
     feature = next(feature for feature in dataset.features.values() if feature.table == dataset.showcase)
     shares, counts = _shares(feature.ids, dataset, table.rows)
     frequent = np.argsort(-counts, kind="stable")[:MOST_ROWS]
-    frequent = frequent[counts[frequent] >= min(FEWEST_SAMPLES, counts.max() // 4)]
+    frequent = frequent[counts[frequent] >= min(FEWEST_SAMPLES, counts[frequent[FEWEST_ROWS - 1]])]
     vectors, shares, counts = rows[frequent] - rows[frequent].mean(axis=0), shares[frequent], counts[frequent]
     _, singular, directions = np.linalg.svd(vectors, full_matrices=False)
     explained = singular**2 / (singular**2).sum()
     plane = vectors @ directions[:2].T
 
-    figure = Figure(figsize=(13, 6.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
-    dots = left.scatter(*plane.T, c=shares, s=12 + 250 * counts / counts.max(), cmap="viridis", alpha=0.85)
-    figure.colorbar(dots, ax=left, label=f"share of training samples of which each {dataset.positive}")
+    distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
+    np.fill_diagonal(distances, np.inf)
+    nearest = min(NEIGHBOURS, len(frequent) // 5)
+    neighbours = shares[np.argsort(distances, axis=1)[:, :nearest]].mean(axis=1)
+    correlation = np.corrcoef(shares, neighbours)[0, 1]
+
+    figure = Figure(figsize=(14, 6.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
+    dots = left.scatter(*plane.T, c=100 * shares, s=12 + 250 * counts / counts.max(), cmap="viridis", alpha=0.85)
+    figure.colorbar(dots, ax=left, label=f"% {dataset.positive} in training")
     for place, row in zip(plane, frequent, strict=True):
-        left.annotate(
-            table.names[row] if table.names else str(row), place, fontsize=7, xytext=(3, 3), textcoords="offset points"
-        )
+        name = table.names[row] if table.names else str(row)
+        left.annotate(name, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
     left.set(
-        title=f"Rows of the table {dataset.showcase!r} (size: number of samples)",
+        title=f"Learned rows of the table {dataset.showcase!r} (area: number of samples)",
         xlabel=f"first principal component ({explained[0]:.0%} of the variance)",
         ylabel=f"second principal component ({explained[1]:.0%})",
     )
-    distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
-    np.fill_diagonal(distances, np.inf)
-    neighbours = shares[np.argsort(distances, axis=1)[:, :NEIGHBOURS]].mean(axis=1)
-    correlation = np.corrcoef(shares, neighbours)[0, 1]
-    right.scatter(shares, neighbours, color=BLUE, s=14)
-    span = [min(shares.min(), neighbours.min()), max(shares.max(), neighbours.max())]
-    right.plot(span, span, color=GREY, linestyle="--")
+    right.scatter(100 * shares, 100 * neighbours, color=BLUE, s=14)
+    right.axline((100 * shares.mean(), 100 * shares.mean()), slope=1, color=GREY, linestyle="--")
     right.set(
-        title=f"Correlation {correlation:.2f} with the mean of the {NEIGHBOURS} nearest rows",
-        xlabel=f"share of which each {dataset.positive}",
-        ylabel=f"the same, mean of the {NEIGHBOURS} nearest rows in {rows.shape[1]} dimensions",
+        title="Each row beside its neighbours",
+        xlabel=f"% {dataset.positive} in training",
+        ylabel=f"the same of the {nearest} nearest rows in all {rows.shape[1]} dimensions, mean",
     )
     right.grid(alpha=0.3)
+    verdict = "have similar rates" if correlation > 0.5 else "do not have clearly similar rates"
+    figure.suptitle(f"Rows of {dataset.showcase!r} that lie near each other {verdict} (correlation {correlation:.2f})")
     figure.savefig(path, dpi=130)
 
 

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+import embax
 import embax.nnx.embed
 
 from .dataset import Dataset
@@ -27,7 +28,8 @@ PACKED_AHEAD = 4  # batches that the packing thread may be ahead of the training
 STEPS_IN_FLIGHT = 8  # dispatched steps that may be unfinished: some versions of JAX abort on long queues
 VALIDATIONS_PER_EPOCH = 4
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclasses.dataclass
@@ -83,6 +85,8 @@ def train(
                 history.losses.append(float(np.mean(losses)))
                 validation = predict(model, dataset, dataset.validation)
                 history.validations.append(score(dataset.labels[dataset.validation], validation))
+                auc = history.validations[-1].auc
+                bar.set_postfix_str(f"loss {history.losses[-1]:.4f}, validation AUC {auc:.4f}")
     history.samples_per_second = bar.n / seconds
     return history
 
@@ -130,10 +134,11 @@ def _predict_step(model: ClickModel, packed, dense: jax.Array) -> jax.Array:
 
 def _packed(model: ClickModel, dataset: Dataset, batches: Iterable[np.ndarray]) -> Iterator[tuple]:
     """Packed ids, dense inputs and labels of each batch of positions; a thread packs ahead of the one who iterates."""
+    specs = model.embed.feature_specs  # taken here: nnx.jit takes a model apart for moments while it updates it
 
     def pack(rows: np.ndarray) -> tuple:
         ids, dense, labels = dataset.batch(rows)
-        return model.embed.preprocess(embax_ids(ids)), dense, labels
+        return embax.preprocess(embax_ids(ids), specs=specs, limits="grow"), dense, labels
 
     return _ahead(pack, batches)
 

@@ -9,6 +9,7 @@ import weakref
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from embax._matmul import lookup_features, update_features

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from embax._ops.geometry import make_geometry
@@ -14,6 +15,7 @@ from embax._preprocess.buffers import PreprocessedInput
 from embax._specs import FeatureSpec
 from embax._stacking.layout import physical_rows
 from embax._stacking.plan import Plan, make_plan
+from embax._types import PyTreeDef
 from embax._variables import EmbeddingVariables
 
 
@@ -21,15 +23,17 @@ def _is_feature(leaf: Any) -> bool:
     return isinstance(leaf, FeatureSpec)
 
 
-def feature_structure(specs: Any) -> jax.tree_util.PyTreeDef:
+def feature_structure(specs: Any) -> PyTreeDef:
     """The structure of a feature tree."""
     return jax.tree.structure(specs, is_leaf=_is_feature)
 
 
-def _flatten_like(tree: Any, structure: jax.tree_util.PyTreeDef, what: str) -> list[jax.Array]:
+def _flatten_like(tree: Any, structure: PyTreeDef, what: str) -> list[jax.Array]:
     leaves, given = jax.tree.flatten(tree)
     if given != structure:
-        raise ValueError(f"The {what} have the structure {given}, the feature specs {structure}; they must be the same.")
+        raise ValueError(
+            f"The {what} have the structure {given}, the feature specs {structure}; they must be the same."
+        )
     return leaves
 
 

@@ -4,7 +4,7 @@
 hook, which checks it at every call.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jax import Array as Array
 from jax.typing import ArrayLike as ArrayLike
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from jaxtyping import PyTree as PyTree
     from jaxtyping import Shaped as Shaped
     from jaxtyping import UInt32 as UInt32
+
+    Device: TypeAlias = Any  # JAX's names of these two are variables to a type checker
+    PyTreeDef: TypeAlias = Any
 else:
+    from jax import Device as Device
+    from jax.tree_util import PyTreeDef as PyTreeDef
+
     try:
         from jaxtyping import Bool, Float, Float32, Int, Int32, PyTree, Shaped, UInt32
     except ImportError:

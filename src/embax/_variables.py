@@ -61,7 +61,13 @@ def _fill(row: jax.Array, num_rows: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("initializer", "dim", "num_sparsecores"), donate_argnames="stacked")
 def _draw_by_chunks(
-    stacked: jax.Array, key: jax.Array, placement: RowPlacement, *, initializer: Initializer, dim: int, num_sparsecores: int
+    stacked: jax.Array,
+    key: jax.Array,
+    placement: RowPlacement,
+    *,
+    initializer: Initializer,
+    dim: int,
+    num_sparsecores: int,
 ) -> jax.Array:
     """Draws a table into its place; chunk `c` holds rows from `c * CHUNK_ROWS` on and has a key of its own."""
     num_rows = stacked.shape[0]

@@ -39,4 +39,6 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def chosen_backend() -> str:
     """The backend of the innermost `use_backend`, else of the environment variable `EMBAX_BACKEND`, else "native"."""
-    return _choice.value or _checked(os.environ.get("EMBAX_BACKEND", "native"), "The environment variable EMBAX_BACKEND")
+    return _choice.value or _checked(
+        os.environ.get("EMBAX_BACKEND", "native"), "The environment variable EMBAX_BACKEND"
+    )

@@ -38,9 +38,7 @@ class Geometry:
 
     def offsets(self) -> np.ndarray:
         """int64[4 * stacks]: what the C++ `PackedBatch::Stack` holds."""
-        fields = (
-            (s.row_pointers_start, s.entries_start, s.capacity, s.samples_per_sparsecore) for s in self.stacks
-        )
+        fields = ((s.row_pointers_start, s.entries_start, s.capacity, s.samples_per_sparsecore) for s in self.stacks)
         return np.array(list(fields), np.int64).reshape(-1)
 
 

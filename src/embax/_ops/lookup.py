@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -50,12 +51,10 @@ def _quantize(rows: jax.Array, quantization: tuple[float, float, int] | None) ->
 
 def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGeometry) -> jax.Array:
     num_samples = geometry.num_samples(stack)
-    partition, ids, sample, gain = entries_of(*arrays, geometry, stack)
+    partition, ids, sample, gain = entries_of(*arrays, geometry=geometry, stack=stack)
     order = jnp.argsort(sample, stable=True)
     sample = sample[order]
-    rows = physical_rows(
-        partition[order], ids[order], sample < num_samples, geometry.num_sparsecores, table.shape[0]
-    )
+    rows = physical_rows(partition[order], ids[order], sample < num_samples, geometry.num_sparsecores, table.shape[0])
     values = _quantize(table.at[rows].get(mode="fill", fill_value=0), stack.quantization)
     values = jnp.where((rows < table.shape[0])[:, None], gain[order][:, None] * values, 0.0)
     _, sums = sum_runs(sample, values)
@@ -69,8 +68,7 @@ def _portable(row_pointers, ids, samples, gains, *tables, geometry: Geometry, ba
     del backend
     arrays = (row_pointers, ids, samples, gains)
     return [
-        _portable_stack(arrays, table, geometry, stack)
-        for table, stack in zip(tables, geometry.stacks, strict=True)
+        _portable_stack(arrays, table, geometry, stack) for table, stack in zip(tables, geometry.stacks, strict=True)
     ]
 
 

@@ -54,9 +54,7 @@ def lower_update(context, *operands, geometry: Geometry, optimizers: tuple[Optim
     register()
     first_state = 5 + len(optimizers)
     num_states = len(context.avals_out)
-    return jax.ffi.ffi_lowering(
-        "embax_update", operand_output_aliases={first_state + k: k for k in range(num_states)}
-    )(
+    return jax.ffi.ffi_lowering("embax_update", operand_output_aliases={first_state + k: k for k in range(num_states)})(
         context,
         *operands,
         num_sparsecores=np.int64(geometry.num_sparsecores),

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -92,7 +93,7 @@ def _portable_stack(
             f"Stack {stack.name!r}: {num_rows} rows and a buffer of {stack.capacity} entries are more than int32 counts, "
             f"{INT32_MAX}, which the portable backend needs; split the table."
         )
-    partition, ids, sample, gain = entries_of(*arrays, geometry, stack)
+    partition, ids, sample, gain = entries_of(*arrays, geometry=geometry, stack=stack)
     if after is not None:
         ids = ids + _opaque_zero(after)
     rows = physical_rows(partition, ids, sample < geometry.num_samples(stack), geometry.num_sparsecores, num_rows)
@@ -106,7 +107,10 @@ def _portable_stack(
     touched = jnp.where(is_last & (rows < num_rows), rows, padding)
     compact = jnp.argsort(touched)
     touched = touched[compact]
-    old = [array.at[touched].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True) for array in state]
+    old = [
+        array.at[touched].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
+        for array in state
+    ]
     table, slots = optimizer.update_rows(sums[compact], old[0], tuple(old[1:]), hyperparameters)
     return tuple(
         array.at[touched].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)
@@ -164,9 +168,7 @@ _lower_portable = mlir.lower_fun(_portable, multiple_results=True)
 def _lower_cpu(context, *operands, geometry: Geometry, optimizers: tuple[OptimizerSpec, ...], backend: str, **params):
     if backend == "native" and all(map(native.has_rule, optimizers)):
         return native.lower_update(context, *operands, geometry=geometry, optimizers=optimizers)
-    return _lower_portable(
-        context, *operands, geometry=geometry, optimizers=optimizers, backend=backend, **params
-    )
+    return _lower_portable(context, *operands, geometry=geometry, optimizers=optimizers, backend=backend, **params)
 
 
 mlir.register_lowering(update_p, _lower_portable)

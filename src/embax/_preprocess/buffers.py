@@ -137,9 +137,9 @@ def empty_arrays(layout: PackedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarr
 class PreprocessedInput:
     """A packed batch: the ids of all stacks as CSR-wrapped COO arrays. A pytree; the statistics stay on the host.
 
-    With `L` devices of this process, the arrays hold one equal part a device, in which `layout` says where a stack lies.
-    Inside the part of a stack each SparseCore owns an equal share; it holds, for each SparseCore of all devices, the
-    entries that look up rows there, sorted by row and sample; the row pointers say where they end.
+    With `L` devices of this process, the arrays hold one equal part a device, in which `layout` says where a stack
+    lies. Inside the part of a stack each SparseCore owns an equal share; it holds, for each SparseCore of all devices,
+    the entries that look up rows there, sorted by row and sample; the row pointers say where they end.
 
     Args:
         row_pointers: int32[L * layout.row_pointers_per_device].

@@ -24,9 +24,14 @@ def fault_error(plan: Plan, leaves: list[FlatFeature], fault: Fault) -> Exceptio
     if fault.kind == REQUEST:
         return RuntimeError(f"embax: the placement of the features contradicts itself (check {fault.value}).")
     if fault.kind == CHANGED:
-        return ValueError("The ids, weights or row_splits changed while they were packed; do not write to them meanwhile.")
+        return ValueError(
+            "The ids, weights or row_splits changed while they were packed; do not write to them meanwhile."
+        )
     feature, combiner = next(
-        (feature, stack.spec.combiner) for stack in plan.stacks for feature in stack.features if feature.leaf == fault.leaf
+        (feature, stack.spec.combiner)
+        for stack in plan.stacks
+        for feature in stack.features
+        if feature.leaf == fault.leaf
     )
     return ValueError(f"Feature {feature.name!r}{_text(feature, combiner, leaves[fault.leaf], fault)}")
 
@@ -41,16 +46,16 @@ def _text(feature: FeaturePlan, combiner: str, flat: FlatFeature, fault: Fault) 
         )
     if fault.kind == GAIN:
         return (
-            f", sample {fault.sample}: combiner {combiner!r} divides its weights by {fault.number:.9g}, which float32 does not "
-            "hold. Scale the weights, or use combiner 'sum'."
+            f", sample {fault.sample}: combiner {combiner!r} divides its weights by {fault.number:.9g}, and the result "
+            "is not a finite float32 number. Scale the weights, or use combiner 'sum'."
         )
     if fault.kind == FIRST_SPLIT:
         return f": row_splits starts at {fault.value}; it must start at 0."
     if fault.kind == SPLIT:
         assert flat.row_splits is not None
         return (
-            f", sample {fault.sample}: row_splits decreases from {flat.row_splits[fault.sample]} to {fault.value}; it must "
-            "never decrease."
+            f", sample {fault.sample}: row_splits decreases from {flat.row_splits[fault.sample]} to {fault.value}; it "
+            "must never decrease."
         )
     if fault.kind == LAST_SPLIT:
         return f": row_splits ends at {fault.value}, but there are {flat.ids.size} values; it must end at their number."

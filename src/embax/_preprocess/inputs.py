@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from embax._stacking.plan import FeaturePlan
 
@@ -16,8 +17,8 @@ _INT64 = np.dtype(np.int64)
 _FLOAT32 = np.dtype(np.float32)
 _INT64_MAX = 2**63 - 1
 _ALLOWED = (
-    "Allowed are an integer array [batch, valency] in which -1 is padding, embax.Ragged(values, row_splits), and a list or "
-    "1-d object array of 1-d integer arrays, one a sample."
+    "Allowed are an integer array [batch, valency] in which -1 is padding, embax.Ragged(values, row_splits), and a "
+    "list or 1-d object array of 1-d integer arrays, one a sample."
 )
 
 
@@ -80,7 +81,9 @@ def _difference(skeleton: Any, tree: Any, path: str) -> str | None:
         return None
     if isinstance(skeleton, Mapping):
         if not isinstance(tree, Mapping):
-            return f"{path} is a {type(tree).__name__}, the specs have a mapping with the keys {sorted(skeleton, key=str)}"
+            return (
+                f"{path} is a {type(tree).__name__}, the specs have a mapping with the keys {sorted(skeleton, key=str)}"
+            )
         missing, extra = ([key for key in a if key not in b] for a, b in ((skeleton, tree), (tree, skeleton)))
         if missing or extra:
             parts = ((missing, "is missing"), (extra, "has no place in the specs"))
@@ -112,10 +115,10 @@ def _host(owner: str, leaf: Any, what: str) -> Any:
     """A JAX array as a NumPy array; anything else as it is."""
     if not isinstance(leaf, jax.Array):
         return leaf
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         raise ValueError(
-            f"{owner}: its {what} are traced by JAX. Packing runs on the host: call it outside jit, and pass its result "
-            "into the jitted function. (Inside jit, give raw ids to the layer or to embax.lookup.)"
+            f"{owner}: its {what} are traced by JAX. Packing runs on the host: call it outside jit, and pass its "
+            "result into the jitted function. (Inside jit, give raw ids to the layer or to embax.lookup.)"
         )
     if not leaf.is_fully_addressable:
         raise ValueError(
@@ -128,7 +131,7 @@ def _host(owner: str, leaf: Any, what: str) -> Any:
 def _integers(owner: str, array: np.ndarray, what: str = "ids") -> np.ndarray:
     """`array` as int32 or int64; unsigned integers that int64 does not hold become its largest value."""
     dtype = array.dtype
-    if dtype == _INT32 or dtype == _INT64:
+    if dtype in (_INT32, _INT64):
         return np.ascontiguousarray(array)
     if dtype.kind not in "iu":
         raise ValueError(
@@ -157,7 +160,10 @@ def _fast_rows(rows: Any, dtypes: tuple[np.dtype, ...]) -> tuple[np.ndarray, np.
         if kinds == {np.ndarray} and {row.dtype for row in rows} <= set(dtypes):
             values = np.concatenate(rows)
         elif kinds == {list}:
-            values = np.array(list(itertools.chain.from_iterable(rows)))
+            numbers = list(itertools.chain.from_iterable(rows))
+            if not set(map(type, numbers)) <= {int, float}:  # bool, in particular, would pass for int.
+                return None
+            values = np.array(numbers)
         else:
             return None
         if values.ndim != 1 or values.dtype not in dtypes:
@@ -191,8 +197,8 @@ def _rows(owner: str, rows: Any, what: str) -> tuple[np.ndarray, np.ndarray, np.
             raise ValueError(f"{where}: its {what} are not an array of numbers ({error}). {_ALLOWED}") from None
         if array.ndim != 1:
             raise ValueError(
-                f"{where}: its {what} have {array.ndim} dimensions; in a list of samples each one must be a 1-d array or a "
-                f"list. {_ALLOWED}"
+                f"{where}: its {what} have {array.ndim} dimensions; in a list of samples each one must be a 1-d array "
+                f"or a list. {_ALLOWED}"
             )
         if array.size == 0:  # An empty list has no dtype of its own.
             array = np.zeros(0, np.int32 if is_ids else np.float32)
@@ -218,8 +224,8 @@ def _read_ids(feature: FeaturePlan, leaf: Any) -> FlatFeature:
         splits = np.asarray(_host(owner, leaf.row_splits, "row_splits"))
         if given.ndim != 1 or splits.ndim != 1 or splits.size == 0:
             raise ValueError(
-                f"{owner}: its Ragged has values of shape {given.shape} and row_splits of shape {splits.shape}; they must be "
-                "1-d, and row_splits one longer than the batch."
+                f"{owner}: its Ragged has values of shape {given.shape} and row_splits of shape {splits.shape}; they "
+                "must be 1-d, and row_splits one longer than the batch."
             )
         if given.size == 0:
             given = given.astype(np.int32)
@@ -254,8 +260,8 @@ def _read_weights(owner: str, flat: FlatFeature, leaf: Any, ids_shape: tuple[int
         shape = np.shape(leaf) if isinstance(leaf, np.ndarray) else None
         if shape not in (ids_shape, flat.ids.shape):
             raise ValueError(
-                f"{owner}: its weights are {_describe(leaf)}, its ids have shape {ids_shape}; weights must be an array of the "
-                "same shape, or None for ones."
+                f"{owner}: its weights are {_describe(leaf)}, its ids have shape {ids_shape}; weights must be an array "
+                "of the same shape, or None for ones."
             )
         return _floats(owner, leaf).reshape(flat.ids.shape)
     if isinstance(leaf, Ragged):
@@ -269,8 +275,8 @@ def _read_weights(owner: str, flat: FlatFeature, leaf: Any, ids_shape: tuple[int
             values, theirs, _ = _rows(owner, leaf, "weights")
         else:
             raise ValueError(
-                f"{owner}: its weights are {_describe(leaf)}; for ragged ids they must be ragged in the same way (a list of "
-                "1-d arrays, or embax.Ragged), or None for ones."
+                f"{owner}: its weights are {_describe(leaf)}; for ragged ids they must be ragged in the same way (a "
+                "list of 1-d arrays, or embax.Ragged), or None for ones."
             )
     if theirs.shape != splits.shape:
         raise ValueError(f"{owner}: its weights have {theirs.size - 1} samples, its ids have {splits.size - 1}.")
@@ -290,7 +296,7 @@ def read_feature(feature: FeaturePlan, ids: Any, weights: Any) -> FlatFeature:
     Raises:
         ValueError: names the feature, what was given and what is allowed.
     """
-    if type(ids) is np.ndarray and ids.ndim == 2 and (ids.dtype == _INT64 or ids.dtype == _INT32):
+    if type(ids) is np.ndarray and ids.ndim == 2 and ids.dtype in (_INT64, _INT32):
         flat = FlatFeature(np.ascontiguousarray(ids), None, None, ids.shape[0])  # The common case, made short.
     else:
         flat = _read_ids(feature, ids)

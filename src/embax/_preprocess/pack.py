@@ -1,7 +1,6 @@
 """Packs the ids of a batch on the host."""
 
 import os
-import threading
 from typing import Any
 
 import jax
@@ -12,9 +11,9 @@ from embax._checks import positive_int
 from embax._preprocess.buffers import PackedLayout, PreprocessedInput, empty_arrays, make_layout
 from embax._preprocess.faults import Fault, fault_error
 from embax._preprocess.inputs import FlatFeature, flatten_like, read_feature
-from embax._preprocess.limits import FixedCapacities, GrowingCapacities, stats_of
-from embax._specs import COMBINERS
-from embax._stacking.plan import Plan, feature_leaves, make_plan
+from embax._preprocess.limits import Counts, FixedCapacities, GrowingCapacities
+from embax._specs import COMBINERS, FeatureSpec
+from embax._stacking.plan import Plan, make_plan
 
 _CAPACITIES = {"raise": FixedCapacities, "grow": GrowingCapacities}
 _MAX_KEPT = 32
@@ -30,9 +29,14 @@ def num_threads() -> int:
     value = os.environ.get("EMBAX_NUM_THREADS", "")
     if not value:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 1024):
+    if not (value.isascii() and value.isdigit() and len(value) <= 4 and 1 <= int(value) <= 1024):
         raise ValueError(f"EMBAX_NUM_THREADS is {value!r}; it must be an integer from 1 to 1024, or unset.")
     return int(value)
+
+
+def _check_limits(limits: str) -> None:
+    if not (isinstance(limits, str) and limits in _CAPACITIES):
+        raise ValueError(f'limits is {limits!r}; it must be "raise" or "grow".')
 
 
 def _default_local_devices(plan: Plan) -> int:
@@ -40,8 +44,8 @@ def _default_local_devices(plan: Plan) -> int:
     processes = jax.process_count() if jax.distributed.is_initialized() else 1
     if plan.num_devices % processes:
         raise ValueError(
-            f"The tables are placed on {plan.num_devices} devices, which {processes} processes cannot share equally; pass "
-            "num_local_devices."
+            f"The tables are placed on {plan.num_devices} devices, which {processes} processes cannot share equally; "
+            "pass num_local_devices."
         )
     return plan.num_devices // processes
 
@@ -57,23 +61,25 @@ class Packer:
             placement, divided by the number of processes.
 
     Raises:
-        ValueError: the specs are not placed, `limits` is unknown, or buffers were to grow while there are other processes
+        ValueError: the specs are not placed, `limits` is unknown, or buffers were to grow while there are other
+        processes
             (which would have to grow alike, or else hang in different programs).
     """
 
     def __init__(self, specs: Any, *, limits: str = "grow", num_local_devices: int | None = None):
-        if limits not in _CAPACITIES:
-            raise ValueError(f'limits is {limits!r}; it must be "raise" or "grow".')
+        _check_limits(limits)
         plan = make_plan(specs)
         self.plan = plan
         self.limits = limits
         if num_local_devices is None:
             num_local_devices = _default_local_devices(plan)
-        self.num_local_devices = positive_int("Packer", "num_local_devices", num_local_devices, maximum=plan.num_devices)
+        self.num_local_devices = positive_int(
+            "Packer", "num_local_devices", num_local_devices, maximum=plan.num_devices
+        )
         if limits == "grow" and self.num_local_devices < plan.num_devices:
             raise ValueError(
-                f'limits="grow" with {self.num_local_devices} of {plan.num_devices} devices in this process: processes whose '
-                'buffers grow on their own compile different programs and hang. Use limits="raise".'
+                f'limits="grow" with {self.num_local_devices} of {plan.num_devices} devices in this process: processes '
+                'whose buffers grow on their own compile different programs and hang. Use limits="raise".'
             )
         self._capacities = _CAPACITIES[limits](plan)
         leaves, self._treedef = jax.tree.flatten(specs)
@@ -84,6 +90,7 @@ class Packer:
             [(COMBINERS.index(s.spec.combiner), s.spec.stack_vocab_size, len(s.features)) for s in plan.stacks]
         )
         self._order = np.array([feature.leaf for stack in plan.stacks for feature in stack.features])
+        self._names = [stack.name for stack in plan.stacks]
         self._layouts: dict[Any, tuple[PackedLayout, np.ndarray]] = {}
 
     def __call__(self, ids: Any, weights: Any = None) -> PreprocessedInput:
@@ -97,7 +104,7 @@ class Packer:
         leaves = list(map(read_feature, self._features, ids_leaves, weights_leaves))
         batch_sizes = self._batch_sizes(leaves)
         threads = num_threads()
-        batch, fault = _native.sort_batch(
+        batch = _native.sort_batch(
             [leaf.ids for leaf in leaves],
             [leaf.weights for leaf in leaves],
             [leaf.row_splits for leaf in leaves],
@@ -109,13 +116,14 @@ class Packer:
             plan.num_sparsecores,
             threads,
         )
-        if fault is not None:
-            raise fault_error(plan, leaves, Fault(*fault))
-        stats = stats_of(plan, batch.max_ids, batch.max_unique_ids, batch.required)
-        layout, placements = self._layout(batch_sizes, self._capacities.fit(stats))
+        if isinstance(batch, tuple):
+            raise fault_error(plan, leaves, Fault(*batch))
+        num_stacks = len(self._names)
+        counts = Counts(*(a.reshape(num_stacks, -1) for a in (batch.max_ids, batch.max_unique_ids, batch.required)))
+        layout, placements = self._layout(batch_sizes, self._capacities.fit(counts))
         row_pointers, embedding_ids, sample_ids, gains = empty_arrays(layout)
         _native.write_batch(batch, placements, row_pointers, embedding_ids, sample_ids, gains, num_devices, threads)
-        return PreprocessedInput(row_pointers, embedding_ids, sample_ids, gains, layout, stats)
+        return PreprocessedInput(row_pointers, embedding_ids, sample_ids, gains, layout, counts.as_stats(self._names))
 
     def _batch_sizes(self, leaves: list[FlatFeature]) -> tuple[int, ...]:
         """Samples of each feature on a device."""
@@ -123,9 +131,9 @@ class Packer:
         for feature, leaf in zip(self._features, leaves, strict=True):
             if leaf.batch % num_devices:
                 raise ValueError(
-                    f"Feature {feature.name!r} has a batch of {leaf.batch}, which does not divide by the {num_devices} devices "
-                    f"of this process; fill it up to {-(-leaf.batch // num_devices) * num_devices} samples (dense ids of -1, or "
-                    "empty ragged samples, contribute nothing)."
+                    f"Feature {feature.name!r} has a batch of {leaf.batch}, which does not divide by the {num_devices} "
+                    f"devices of this process; fill it up to {-(-leaf.batch // num_devices) * num_devices} samples "
+                    "(dense ids of -1, or empty ragged samples, contribute nothing)."
                 )
         return tuple([leaf.batch // num_devices for leaf in leaves])
 
@@ -143,31 +151,34 @@ class Packer:
 
 
 _packers: dict[Any, tuple[Packer, list[Any]]] = {}
-_packers_lock = threading.Lock()
 
 
 def _packer_for(specs: Any, limits: str, num_local_devices: int | None) -> Packer:
     """A packer for the specs as they are now, kept from an earlier call if nothing about them has changed.
 
-    What packing depends on is immutable (placements, names, sizes), so that the identities of these objects tell cheaply
-    whether it changed. The objects are kept alive with the packer, so that no other can get their identity.
+    What packing depends on is immutable (placements, names, sizes), so that the identities of these objects tell
+    cheaply whether it changed. The objects are kept alive with the packer, so that no other can get their identity.
     """
+    _check_limits(limits)
+    leaves, treedef = jax.tree.flatten(specs)
     parts: list[Any] = []
-    for leaf in feature_leaves(specs):
+    for leaf in leaves:
+        if not isinstance(leaf, FeatureSpec):
+            return Packer(specs, limits=limits, num_local_devices=num_local_devices)  # Says what is wrong.
         table = leaf.table_spec
-        parts += (leaf.name, leaf._id_transformation, leaf.input_shape, leaf.output_shape)
-        parts += (table, table.name, table.vocabulary_size, table.embedding_dim)
-        parts += (table._stacked_table_spec, table._setting_in_stack)
-    key = (jax.tree.structure(specs), limits, num_local_devices, tuple(map(id, parts)))
-    with _packers_lock:
-        known = _packers.get(key)
-    if known is not None:
-        return known[0]
-    packer = Packer(specs, limits=limits, num_local_devices=num_local_devices)
-    with _packers_lock:
+        parts += (
+            *(leaf.name, leaf._id_transformation, leaf.input_shape, leaf.output_shape),
+            *(table, table.name, table.vocabulary_size, table.embedding_dim),
+            *(table._stacked_table_spec, table._setting_in_stack),
+        )
+    key = (treedef, limits, num_local_devices, tuple(map(id, parts)))
+    known = _packers.get(key)
+    if known is None:
         if len(_packers) >= _MAX_KEPT:
             _packers.clear()
-        return _packers.setdefault(key, (packer, parts))[0]
+        packer = Packer(specs, limits=limits, num_local_devices=num_local_devices)
+        known = _packers.setdefault(key, (packer, parts))
+    return known[0]
 
 
 def preprocess(
@@ -176,22 +187,25 @@ def preprocess(
     """Packs a batch of ids on the host: partitions them by the SparseCore that owns their rows, sorts, merges, pads.
 
     An id of a sample enters it with a gain: its weight `w` for combiner "sum", `w / sum(w)` for "mean" and
-    `w / sqrt(sum(w^2))` for "sqrtn", with sums over the ids of the sample (in float32, one after another; 0 where a sum is
-    0). Gains of equal ids of a sample are added.
+    `w / sqrt(sum(w^2))` for "sqrtn", with sums over the ids of the sample (in float32, one after another; 0 where a
+    sum is 0). Gains of equal ids of a sample are added.
 
     Args:
-        ids: a tree like `specs`. Each leaf holds the ids of a feature, for all devices of this process: an integer array
-            `[batch, valency]` (NumPy or JAX) in which -1 is padding and contributes nothing, or `[batch]` where the feature
-            has one id a sample; `embax.Ragged(values, row_splits)`; or a list or object array of 1-d integer arrays, one a
-            sample. The batch divides by the number of devices of this process. Features may have different batches, and
-            these may differ from the ones in the specs.
-        weights: a tree like `specs` of finite weights shaped like the ids, None for a feature whose weights are all 1; or
+        ids: a tree like `specs`. Each leaf holds the ids of a feature, for all devices of this process: an integer
+        array
+            `[batch, valency]` (NumPy or JAX) in which -1 is padding and contributes nothing, or `[batch]` where the
+            feature has one id a sample; `embax.Ragged(values, row_splits)`; or a list or object array of 1-d integer
+            arrays, one a sample. The batch divides by the number of devices of this process. Features may have
+            different batches, and these may differ from the ones in the specs.
+        weights: a tree like `specs` of finite weights shaped like the ids, None for a feature whose weights are all 1;
+        or
             None. They are used as float32.
         specs: the placed feature tree (see `embax.prepare_feature_specs_for_training`).
         limits: what happens to a batch that exceeds the limits in the specs (`max_ids_per_partition`,
-            `max_unique_ids_per_partition`, `suggested_coo_buffer_size_per_device`): "raise" an error, or "grow" the buffers
-            as the batches need, which compiles the steps that use them again a logarithmic number of times.
-        num_local_devices: devices that this process packs for; None means those of the placement, divided by the number of
+            `max_unique_ids_per_partition`, `suggested_coo_buffer_size_per_device`): "raise" an error, or "grow" the
+            buffers as the batches need, which compiles the steps that use them again a logarithmic number of times.
+        num_local_devices: devices that this process packs for; None means those of the placement, divided by the
+        number of
             processes.
 
     Returns:
@@ -199,8 +213,9 @@ def preprocess(
 
     Raises:
         ValueError: the specs are not placed; a tree has another structure; ids are not integers, or outside of their
-            vocabulary; weights are not finite; row splits are not ascending from 0 to the number of values; a batch does not
-            divide; a limit is exceeded. The message names the feature, the sample and the value, and says what to do.
+            vocabulary; weights are not finite; row splits are not ascending from 0 to the number of values; a batch
+            does not divide; a limit is exceeded. The message names the feature, the sample and the value, and says
+            what to do.
 
     Example:
         >>> packed = embax.preprocess({"watched": np.array([[3, 5], [8, -1]])}, specs=features)  # doctest: +SKIP

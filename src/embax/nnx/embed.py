@@ -4,9 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
-import optax
-from flax import nnx
+
+try:
+    import optax
+    from flax import nnx
+except ImportError as error:
+    raise ImportError("embax.nnx needs Flax and optax: pip install 'embax[flax]'") from error
 
 from embax._lookup_vjp import lookup_and_update
 from embax._matmul import feature_structure, read_rows
@@ -66,7 +71,7 @@ class SparseCoreEmbed(nnx.Module):
         specs = copy_feature_specs(feature_specs)
         prepare_feature_specs_for_training(specs, 1, num_sc_per_device)
         self._features = nnx.static(_Features(specs))
-        self._packer = nnx.static(Packer(self._features.plan, limits=limits))
+        self._packer = nnx.static(Packer(specs, limits=limits))
         self.embedding_table = EmbeddingVariablesParam(init_embedding_variables(rngs.params(), specs))
         # Its "gradient" is the number of differentiated lookups that the gradient of the tables is the sum of.
         self.lookups = EmbeddingVariablesParam(jnp.zeros((), jnp.float32))
@@ -89,7 +94,7 @@ class SparseCoreEmbed(nnx.Module):
         Raises:
             ValueError: an id or a weight is not valid, or under `limits="raise"` a limit is exceeded.
         """
-        return self._packer.preprocess(ids, weights, structure=self._features.structure)
+        return self._packer(ids, weights)
 
     def __call__(self, packed: PreprocessedInput, step: int | jax.Array | None = None) -> Any:
         """The activations of a packed batch.
@@ -109,7 +114,7 @@ class SparseCoreEmbed(nnx.Module):
                 f"SparseCoreEmbed was called with {type(packed).__name__}; it takes a packed batch: call "
                 "embed(embed.preprocess(ids)), with preprocess outside jit."
             )
-        activations = lookup_and_update(
+        activations: Any = lookup_and_update(
             self._features.plan, self.embedding_table.get_value(), self.lookups.get_value(), packed, step
         )
         return jax.tree.unflatten(self._features.structure, activations)
@@ -119,7 +124,9 @@ class SparseCoreEmbed(nnx.Module):
         return read_rows(self.embedding_table.get_value(), table, ids, specs=self._features.specs)
 
 
-def _new_variables(before: Mapping[str, EmbeddingVariables], after: Mapping[str, EmbeddingVariables], lookups: jax.Array):
+def _new_variables(
+    before: Mapping[str, EmbeddingVariables], after: Mapping[str, EmbeddingVariables], lookups: jax.Array
+):
     """The variables after a step whose differentiated lookups were `lookups` in number.
 
     XLA folds the number, a constant of the compiled step, and with it the choice: one lookup costs nothing.

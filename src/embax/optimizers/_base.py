@@ -8,6 +8,8 @@ from typing import Any, ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from embax._types import Array, Float
+
 LearningRate: TypeAlias = float | Callable[..., Any]
 Initializer: TypeAlias = Callable[..., jax.Array]
 
@@ -95,11 +97,11 @@ class OptimizerSpec:
 
     def update_rows(
         self,
-        gradient: jax.Array,
-        table: jax.Array,
-        slots: tuple[jax.Array, ...],
-        hyperparameters: tuple[jax.Array, ...],
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        gradient: Float[Array, "rows dim"],
+        table: Float[Array, "rows dim"],
+        slots: tuple[Float[Array, "rows dim"], ...],
+        hyperparameters: tuple[Float[Array, ""], ...],
+    ) -> tuple[Float[Array, "rows dim"], tuple[Float[Array, "rows dim"], ...]]:
         """The row rule: new rows of the table and of its slots from the gradient of these rows.
 
         Args:

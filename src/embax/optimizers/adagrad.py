@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from embax._types import Array, Float
 from embax.optimizers._base import OptimizerSpec
 
 
@@ -44,7 +45,13 @@ class AdagradOptimizerSpec(OptimizerSpec):
     def slot_variables_initializers(self) -> AdagradSlotVariables:  # noqa: D102
         return AdagradSlotVariables(accumulator=jax.nn.initializers.constant(self.initial_accumulator_value))
 
-    def update_rows(self, gradient, table, slots, hyperparameters):  # noqa: D102
+    def update_rows(  # noqa: D102
+        self,
+        gradient: Float[Array, "rows dim"],
+        table: Float[Array, "rows dim"],
+        slots: tuple[Float[Array, "rows dim"], ...],
+        hyperparameters: tuple[Float[Array, ""], ...],
+    ) -> tuple[Float[Array, "rows dim"], tuple[Float[Array, "rows dim"], ...]]:
         (learning_rate,) = hyperparameters
         accumulator = slots[0] + gradient * gradient
         step = jnp.where(gradient == 0, 0.0, learning_rate * gradient / jnp.sqrt(accumulator))

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar, NamedTuple
 
+from embax._types import Array, Float
 from embax.optimizers._base import Initializer, OptimizerSpec
 
 
@@ -26,6 +27,12 @@ class SGDOptimizerSpec(OptimizerSpec):
     def slot_variables_initializers(self) -> tuple[Initializer, ...]:  # noqa: D102
         return SGDSlotVariables()
 
-    def update_rows(self, gradient, table, slots, hyperparameters):  # noqa: D102
+    def update_rows(  # noqa: D102
+        self,
+        gradient: Float[Array, "rows dim"],
+        table: Float[Array, "rows dim"],
+        slots: tuple[Float[Array, "rows dim"], ...],
+        hyperparameters: tuple[Float[Array, ""], ...],
+    ) -> tuple[Float[Array, "rows dim"], tuple[Float[Array, "rows dim"], ...]]:
         (learning_rate,) = hyperparameters
         return table - learning_rate * gradient, slots

@@ -1,0 +1,196 @@
+// The row kernels against loops that are too simple to be wrong, on sound entries and on damaged ones.
+#include "kernels/rows.h"
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/format.h"
+
+namespace {
+
+using embax::Cursor;
+using embax::Entries;
+using embax::LookupTask;
+using embax::RowKernels;
+using embax::UpdateTask;
+
+int failures = 0;
+
+void Expect(bool ok, const std::string& what) {
+  if (ok) return;
+  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+bool Near(float a, float b) { return std::fabs(a - b) <= 1e-4f * (1.0f + std::fabs(b)); }
+
+// Packed entries of `sources` SparseCores that look up in `partitions` others.
+struct Batch {
+  int64_t sources, partitions, rows, samples, capacity;
+  std::vector<int32_t> row_pointers, ids, sample_ids;
+  std::vector<float> gains;
+
+  Entries Of(int64_t source) const {
+    const int64_t start = source * capacity;
+    return {row_pointers.data() + source * partitions, ids.data() + start, sample_ids.data() + start,
+            gains.data() + start, capacity};
+  }
+};
+
+// Sorted entries, some rows named several times; every 10th partition is empty.
+Batch Sound(std::mt19937& random, int64_t sources, int64_t partitions, int64_t rows, int64_t samples) {
+  Batch batch{sources, partitions, rows, samples, 0, {}, {}, {}, {}};
+  batch.capacity = partitions * embax::kPartitionAlignment * 4;
+  batch.row_pointers.resize(sources * partitions);
+  batch.ids.assign(sources * batch.capacity, embax::kPaddingId);
+  batch.sample_ids.assign(sources * batch.capacity, embax::kPaddingId);
+  batch.gains.assign(sources * batch.capacity, NAN);
+  std::uniform_int_distribution<int32_t> step(0, 2), sample(0, static_cast<int32_t>(samples) - 1);
+  std::uniform_real_distribution<float> gain(-1, 1);
+  for (int64_t s = 0; s < sources; ++s) {
+    int64_t position = 0;
+    for (int64_t p = 0; p < partitions; ++p) {
+      int32_t id = step(random);
+      const int64_t count = (s + p) % 10 == 9 ? 0 : 1 + random() % (4 * embax::kPartitionAlignment);
+      for (int64_t i = 0; i < count && id < rows; ++i, id += step(random)) {
+        const int64_t entry = s * batch.capacity + position++;
+        batch.ids[entry] = id;
+        batch.sample_ids[entry] = sample(random);
+        batch.gains[entry] = gain(random);
+      }
+      batch.row_pointers[s * partitions + p] = static_cast<int32_t>(position);
+      position = (position + embax::kPartitionAlignment - 1) / embax::kPartitionAlignment * embax::kPartitionAlignment;
+    }
+  }
+  return batch;
+}
+
+Batch Damaged(std::mt19937& random, Batch batch) {
+  const int32_t extremes[] = {INT32_MIN, -7, -1, 0, 1, 5, 100, INT32_MAX};
+  for (auto* values : {&batch.row_pointers, &batch.ids, &batch.sample_ids}) {
+    for (int32_t& value : *values) {
+      if (random() % 3 == 0) value = extremes[random() % 8];
+    }
+  }
+  return batch;
+}
+
+std::vector<float> Draw(std::mt19937& random, int64_t size) {
+  std::uniform_real_distribution<float> value(-1, 1);
+  std::vector<float> values(size);
+  for (float& v : values) v = value(random);
+  return values;
+}
+
+template <typename Visit>  // visit(source, partition, id, sample, gain)
+void ForEachEntry(const Batch& batch, Visit visit) {
+  for (int64_t s = 0; s < batch.sources; ++s) {
+    int64_t begin = 0;
+    for (int64_t p = 0; p < batch.partitions; ++p) {
+      const int64_t end = batch.row_pointers[s * batch.partitions + p];
+      for (int64_t e = s * batch.capacity + begin; e < s * batch.capacity + end; ++e) {
+        visit(s, p, batch.ids[e], batch.sample_ids[e], batch.gains[e]);
+      }
+      begin = (end + embax::kPartitionAlignment - 1) / embax::kPartitionAlignment * embax::kPartitionAlignment;
+    }
+  }
+}
+
+void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, bool damaged) {
+  Batch batch = Sound(random, 3, 3, 40, 7);
+  if (damaged) batch = Damaged(random, batch);
+  const std::vector<float> table = Draw(random, batch.partitions * batch.rows * dim);
+  std::vector<float> got(batch.sources * batch.samples * dim, 99.0f), wanted(got.size(), 0.0f);
+  for (int64_t s = 0; s < batch.sources; ++s) {
+    kernels.lookup(LookupTask{batch.Of(s), batch.partitions, table.data(), batch.rows, dim,
+                              got.data() + s * batch.samples * dim, batch.samples, {}});
+  }
+  if (damaged) return;  // The sanitizers and the end of this process tell whether memory was left.
+  ForEachEntry(batch, [&](int64_t s, int64_t p, int32_t id, int32_t sample, float gain) {
+    for (int64_t i = 0; i < dim; ++i) {
+      wanted[(s * batch.samples + sample) * dim + i] += gain * table[(p * batch.rows + id) * dim + i];
+    }
+  });
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (!Near(got[i], wanted[i])) return Expect(false, std::string(kernels.isa) + ": lookup, dim " + std::to_string(dim));
+  }
+}
+
+// Every rule is run; its result is compared for the two whose formulas stand here.
+void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19937& random, int64_t dim, bool damaged) {
+  Batch batch = Sound(random, 3, 3, 40, 7);
+  if (damaged) batch = Damaged(random, batch);
+  const int64_t size = batch.partitions * batch.rows * dim;
+  const std::vector<float> gradient = Draw(random, batch.sources * batch.samples * dim);
+  const std::vector<float> hyperparameters(embax::kMaxHyperparameters, 0.5f);
+  std::vector<std::vector<float>> state(1 + rule.num_slots, Draw(random, size));
+  for (auto& slot : state) {
+    if (&slot != &state[0]) slot.assign(size, 0.25f);
+  }
+  std::vector<std::vector<float>> wanted = state;
+  std::vector<Entries> entries;
+  for (int64_t s = 0; s < batch.sources; ++s) entries.push_back(batch.Of(s));
+  std::vector<Cursor> cursors(batch.sources);
+  std::vector<float> sum(dim);
+  for (int64_t p = 0; p < batch.partitions; ++p) {
+    UpdateTask task{};
+    task.entries = entries.data();
+    task.num_sources = batch.sources;
+    task.partition = p;
+    task.gradient = gradient.data();
+    task.num_samples = batch.samples;
+    for (int k = 0; k <= rule.num_slots; ++k) task.state[k] = state[k].data() + p * batch.rows * dim;
+    task.rows_per_partition = batch.rows;
+    task.dim = dim;
+    task.hyperparameters = hyperparameters.data();
+    task.cursors = cursors.data();
+    task.sum = sum.data();
+    rule.update(task);
+  }
+  if (damaged) return;
+  std::vector<float> sums(size, 0.0f);
+  std::vector<bool> touched(batch.partitions * batch.rows);
+  ForEachEntry(batch, [&](int64_t s, int64_t p, int32_t id, int32_t sample, float gain) {
+    touched[p * batch.rows + id] = true;
+    for (int64_t i = 0; i < dim; ++i) {
+      sums[(p * batch.rows + id) * dim + i] += gain * gradient[(s * batch.samples + sample) * dim + i];
+    }
+  });
+  const std::string name = rule.name;
+  for (int64_t i = 0; i < size; ++i) {
+    const float g = sums[i];
+    bool ok = true;
+    if (!touched[i / dim]) {
+      for (int k = 0; k <= rule.num_slots; ++k) ok = ok && state[k][i] == wanted[k][i];
+    } else if (name == "sgd") {
+      ok = Near(state[0][i], wanted[0][i] - 0.5f * g);
+    } else if (name == "adagrad") {
+      const float a = wanted[1][i] + g * g;
+      ok = Near(state[1][i], a) && Near(state[0][i], wanted[0][i] - 0.5f * g / std::sqrt(a));
+    }
+    if (!ok) return Expect(false, std::string(kernels.isa) + ": " + name + ", dim " + std::to_string(dim));
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  const RowKernels& kernels = embax::SelectRowKernels();
+  for (const int64_t dim : {1, 3, 8, 16, 20, 32, 64, 128, 129}) {
+    for (int repetition = 0; repetition < 20; ++repetition) {
+      for (const bool damaged : {false, true}) {
+        TestLookup(kernels, random, dim, damaged);
+        for (int rule = 0; rule < kernels.num_rules; ++rule) {
+          TestUpdate(kernels, kernels.rules[rule], random, dim, damaged);
+        }
+      }
+    }
+  }
+  std::printf("%s: %s\n", kernels.isa, failures == 0 ? "passed" : "FAILED");
+  return failures != 0;
+}

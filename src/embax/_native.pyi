@@ -1,0 +1,39 @@
+"""Native code of embax. Private: its callers check what users give, and write the messages."""
+
+import numpy as np
+
+class SortedBatch:
+    """Ids that were read, checked and sorted, and their counts."""
+
+    @property
+    def max_ids(self) -> np.ndarray: ...
+    @property
+    def max_unique_ids(self) -> np.ndarray: ...
+    @property
+    def required(self) -> np.ndarray: ...
+
+def sort_batch(
+    ids: list[np.ndarray],
+    weights: list[np.ndarray | None],
+    row_splits: list[np.ndarray | None],
+    features: np.ndarray,
+    stacks: np.ndarray,
+    order: np.ndarray,
+    num_local_devices: int,
+    sparsecores_per_device: int,
+    num_sparsecores: int,
+    threads: int,
+) -> SortedBatch | tuple[int, int, int, int, int, float]: ...
+def write_batch(
+    batch: SortedBatch,
+    placements: np.ndarray,
+    row_pointers: np.ndarray,
+    ids: np.ndarray,
+    samples: np.ndarray,
+    gains: np.ndarray,
+    num_local_devices: int,
+    threads: int,
+) -> None: ...
+def ffi_handlers() -> dict[str, object]: ...
+def row_rules() -> dict[str, tuple[int, int, int]]: ...
+def simd() -> str: ...

@@ -1,0 +1,233 @@
+"""The NNX layer and its optimizer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from flax import nnx
+
+import embax
+from embax.nnx.embed import EmbeddingVariablesParam, PartitionedOptimizer, SparseCoreEmbed
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+BATCH, DIM = 12, 8
+
+
+def feature_specs(optimizer=None):
+    table = oracle.table_spec("shared", 60, DIM, "mean", optimizer or embax.AdagradOptimizerSpec(0.1))
+    other = oracle.table_spec("other", 30, DIM, "sum", embax.SGDOptimizerSpec(0.1))
+    return {
+        "a": oracle.feature_spec("a", table, BATCH),
+        "b": oracle.feature_spec("b", table, BATCH),
+        "c": oracle.feature_spec("c", other, BATCH),
+    }
+
+
+class Model(nnx.Module):
+    def __init__(self, seed=0, **options):
+        rngs = nnx.Rngs(seed)
+        self.embed = SparseCoreEmbed(feature_specs(), rngs=rngs, **options)
+        self.dense = nnx.Linear(3 * DIM, 1, rngs=rngs)
+
+    def __call__(self, packed):
+        activations = self.embed(packed)
+        return self.dense(jnp.concatenate([activations[name] for name in "abc"], axis=1))[:, 0]
+
+
+def loss_of(model, packed, labels):
+    return jnp.mean((model(packed) - labels) ** 2)
+
+
+@functools.partial(nnx.jit, donate_argnames=("model", "optimizer"))
+def train_step(model, optimizer, packed, labels):
+    loss, gradients = nnx.value_and_grad(loss_of)(model, packed, labels)
+    optimizer.update(model, gradients)
+    return loss
+
+
+def draw(rng, batch=BATCH):
+    ids = {name: rng.integers(-1, 30, (batch, 3)).astype(np.int32) for name in "abc"}
+    return ids, jnp.asarray(rng.standard_normal(batch), jnp.float32)
+
+
+def test_training_follows_the_functional_form_and_optax():
+    model = Model()
+    optimizer = PartitionedOptimizer(model, optax.adam(1e-2))
+    specs = model.embed.feature_specs
+    variables = jax.tree.map(jnp.copy, model.embed.embedding_table.get_value())
+    kernel, bias = jnp.copy(model.dense.kernel.get_value()), jnp.copy(model.dense.bias.get_value())
+    adam = optax.adam(1e-2)
+    state = adam.init((kernel, bias))
+
+    def head(activations, dense, labels):
+        joined = jnp.concatenate([activations[name] for name in "abc"], axis=1)
+        return jnp.mean(((joined @ dense[0] + dense[1])[:, 0] - labels) ** 2)
+
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        ids, labels = draw(rng)
+        loss = train_step(model, optimizer, model.embed.preprocess(ids), labels)
+        packed = embax.preprocess(ids, specs=specs)
+        activations = embax.lookup(packed, variables, specs=specs)
+        expected, (for_activations, for_dense) = jax.value_and_grad(head, argnums=(0, 1))(
+            activations, (kernel, bias), labels
+        )
+        variables = embax.apply_gradients(for_activations, packed, variables, specs=specs)
+        updates, state = adam.update(for_dense, state)
+        kernel, bias = optax.apply_updates((kernel, bias), updates)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(model.dense.kernel.get_value(), kernel, rtol=1e-4, atol=1e-5)
+    for got, wanted in zip(
+        jax.tree.leaves(model.embed.embedding_table.get_value()), jax.tree.leaves(variables), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_optax_sees_the_dense_parameters_only():
+    model = Model()
+    optimizer = PartitionedOptimizer(model, optax.adam(1e-2))
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(nnx.state(optimizer)))
+    assert sizes == sorted([1, 1] + 2 * [3 * DIM, 1])  # Steps of nnx and of adam; two moments of kernel and bias.
+    assert issubclass(EmbeddingVariablesParam, nnx.Param)
+
+
+def test_a_thousand_steps_compile_once_and_learn():
+    model = Model()
+    optimizer = PartitionedOptimizer(model, optax.adam(1e-2))
+    ids, labels = draw(np.random.default_rng(0))
+    losses = [float(train_step(model, optimizer, model.embed.preprocess(ids), labels)) for _ in range(1000)]
+    assert losses[-1] < 0.01 * losses[0]
+
+
+def test_a_growing_batch_recompiles_seldom():
+    model = Model()
+    traces = 0
+
+    @nnx.jit
+    def predict(model, packed):
+        nonlocal traces
+        traces += 1
+        return model(packed)
+
+    for size in range(1, 120):
+        ids = {name: [list(range(size % 30)) for _ in range(size % 30)] + [[]] * (120 - size % 30) for name in "abc"}
+        predict(model, model.embed.preprocess(ids))
+    assert 1 < traces <= 12
+
+
+def test_without_a_lookup_the_tables_stay():
+    model = Model()
+    optimizer = PartitionedOptimizer(model, optax.sgd(0.1))
+    before = jax.tree.map(np.asarray, model.embed.embedding_table.get_value())
+
+    @functools.partial(nnx.jit, donate_argnames=("model", "optimizer"))
+    def step(model, optimizer):
+        gradients = nnx.grad(lambda model: jnp.sum(model.dense.kernel.get_value() ** 2))(model)
+        optimizer.update(model, gradients)
+
+    step(model, optimizer)
+    jax.tree.map(np.testing.assert_array_equal, before, model.embed.embedding_table.get_value())
+
+
+def test_two_lookups_in_one_step_are_refused():
+    model = Model()
+    optimizer = PartitionedOptimizer(model, optax.sgd(0.1))
+    ids, labels = draw(np.random.default_rng(0))
+    packed = model.embed.preprocess(ids)
+
+    def step(model, optimizer):
+        gradients = nnx.grad(lambda model: loss_of(model, packed, labels) + loss_of(model, packed, labels))(model)
+        optimizer.update(model, gradients)
+
+    with pytest.raises(
+        ValueError, match="Stack 'shared' is looked up twice in one differentiated step.*features that share"
+    ):
+        nnx.jit(step)(model, optimizer)
+    with pytest.raises(ValueError, match="looked up 2 times in one differentiated step"):
+        step(model, optimizer)
+
+
+def test_two_layers_in_one_model():
+    class Towers(nnx.Module):
+        def __init__(self):
+            self.user = Model(seed=0)
+            self.item = Model(seed=1)
+
+    model = Towers()
+    optimizer = PartitionedOptimizer(model, optax.sgd(0.1))
+    ids, _ = draw(np.random.default_rng(0))
+    packed = model.user.embed.preprocess(ids)
+    before = [np.asarray(tower.embed.embedding_table.get_value()["other"].table) for tower in (model.user, model.item)]
+
+    @nnx.jit
+    def step(model, optimizer):
+        gradients = nnx.grad(lambda model: jnp.mean(model.user(packed) * model.item(packed)))(model)
+        optimizer.update(model, gradients)
+
+    step(model, optimizer)
+    for tower, old in zip((model.user, model.item), before, strict=True):
+        changed = (np.asarray(tower.embed.embedding_table.get_value()["other"].table) != old).any(axis=1)
+        assert 0 < changed.sum() <= 30
+
+
+def test_the_step_reaches_the_learning_rate():
+    schedule = embax.SGDOptimizerSpec(lambda step: jnp.where(step < 1, 0.0, 0.5))
+    specs = {"f": oracle.feature_spec("f", oracle.table_spec(optimizer=schedule), batch=2, valency=1)}
+    layer = SparseCoreEmbed(specs, rngs=nnx.Rngs(0))
+    packed = layer.preprocess({"f": np.array([[1], [2]])})
+
+    @nnx.jit
+    def new_variables(layer, step):
+        return nnx.grad(lambda layer: jnp.sum(layer(packed, step)["f"]))(layer)["embedding_table"].get_value()
+
+    before = np.asarray(layer.rows("table", [1]))
+    for step, rate in ((0, 0.0), (1, 0.5)):
+        rows = embax.read_rows(new_variables(layer, jnp.int32(step)), "table", [1], specs=layer.feature_specs)
+        np.testing.assert_allclose(rows, before - rate, rtol=1e-6)
+    with pytest.raises(
+        ValueError, match="is a function of the step, and no step was given. Pass step= to the layer's call"
+    ):
+        nnx.grad(lambda layer: jnp.sum(layer(packed)["f"]))(layer)
+
+
+def test_the_specs_of_the_user_stay_as_they_are():
+    specs = feature_specs()
+    layer = SparseCoreEmbed(specs, rngs=nnx.Rngs(0), num_sc_per_device=3)
+    assert not specs["a"].table_spec.is_stacked()
+    assert layer.feature_specs["a"].table_spec.stacked_table_spec.num_sparsecores_per_device == 3
+    assert layer.feature_specs["a"].table_spec is layer.feature_specs["b"].table_spec
+
+
+def test_split_merge_clone_and_eval_shape():
+    model = Model()
+    ids, _ = draw(np.random.default_rng(0))
+    packed = model.embed.preprocess(ids)
+    expected = model(packed)
+    graph, state = nnx.split(model)
+    np.testing.assert_array_equal(nnx.merge(graph, state)(packed), expected)
+    np.testing.assert_array_equal(nnx.clone(model)(packed), expected)
+    abstract = nnx.eval_shape(Model)
+    assert abstract.embed.embedding_table.get_value()["shared"].table.shape == (64, DIM)
+
+
+def test_rows_and_bad_calls():
+    model = Model()
+    assert model.embed.rows("shared", [3, 4]).shape == (2, DIM)
+    with pytest.raises(
+        ValueError, match=r"SparseCoreEmbed was called with dict; it takes a packed batch: call embed.embed.preprocess"
+    ):
+        model.embed({"a": np.zeros((BATCH, 3), np.int32)})
+    with pytest.raises(ValueError, match="Feature 'a'.*id 60"):
+        model.embed.preprocess({"a": np.array([[60]]), "b": np.array([[1]]), "c": np.array([[1]])})
+    with pytest.raises(ValueError, match="limits is \"shrink\"|limits is 'shrink'"):
+        SparseCoreEmbed(feature_specs(), rngs=nnx.Rngs(0), limits="shrink")
+    strict = SparseCoreEmbed(feature_specs(), rngs=nnx.Rngs(0), limits="raise")
+    many = {name: np.arange(30, dtype=np.int32)[None].repeat(2000, 0) for name in "abc"}
+    with pytest.raises(ValueError, match="max_ids_per_partition"):
+        strict.preprocess(many)
+    assert Model().embed.preprocess(many).stats.max_ids_per_partition["shared"].max() > 256

@@ -1,0 +1,176 @@
+"""Stacking: grouping, padding, rotation, offsets, limits, names, errors."""
+
+import hashlib
+import re
+
+import jax
+import numpy as np
+import oracle
+import pytest
+
+import embax
+from embax._stacking.stack import short_stack_name, split_by_activation_memory
+
+INITIALIZER = jax.nn.initializers.normal(1.0)
+
+
+def tables_and_features(*vocabularies, batch=8, **fields):
+    tables = [
+        oracle.table_spec(f"table_{'abcdefgh'[k]}", vocabulary, initializer=INITIALIZER, **fields)
+        for k, vocabulary in enumerate(vocabularies)
+    ]
+    return tables, [oracle.feature_spec(f"feature_{table.name}", table, batch=batch) for table in tables]
+
+
+def test_offsets_rotation_and_limits():
+    tables, features = tables_and_features(10, 100, 33)
+    seen = []
+
+    def limit(name, samples):
+        seen.append((name, samples))
+        return 77
+
+    result = embax.stack_tables(features, [t.name for t in tables], 2, 4, stack_to_max_ids_per_partition=limit)
+    assert result is features
+    stack = tables[0].stacked_table_spec
+    assert stack.stack_name == "table_a_table_b_table_c"
+    assert stack.stack_vocab_size == 64 + 128 + 64
+    assert (stack.max_ids_per_partition, stack.max_unique_ids_per_partition) == (77, 256)
+    assert seen == [("table_a_table_b_table_c", 24)]
+    assert [t.setting_in_stack.row_offset_in_shard for t in tables] == [0, 8, 24]
+    assert [t.setting_in_stack.shard_rotation for t in tables] == [0, 4, 0]  # k * 4 mod 8.
+    assert [f.id_transformation.row_offset for f in features] == [0, 8, 16]
+    assert [f.id_transformation.col_offset for f in features] == [0, 64, 192]
+    assert [f.id_transformation.col_shift for f in features] == [0, 4, 0]
+
+
+def test_a_stack_of_one_table_keeps_its_limits():
+    _, features = tables_and_features(10, max_ids_per_partition=11, max_unique_ids_per_partition=12)
+    embax.auto_stack_tables(features)
+    stack = features[0].table_spec.stacked_table_spec
+    assert (stack.max_ids_per_partition, stack.max_unique_ids_per_partition) == (11, 12)
+
+
+def test_auto_stacking_groups_by_dimension_optimizer_combiner_and_quantization():
+    def table(name, **fields):
+        return oracle.table_spec(name, initializer=INITIALIZER, **fields)
+
+    quantization = embax.QuantizationConfig(0.0, 1.0, 4)
+    tables = [
+        table("z", dim=6),
+        table("wide", dim=16),
+        table("a", dim=8),
+        table("mean", combiner="mean"),
+        table("adagrad", optimizer=embax.AdagradOptimizerSpec(0.1)),
+        table("other rate", optimizer=embax.SGDOptimizerSpec(0.2)),
+        table("quantized", quantization_config=quantization),
+    ]
+    features = [oracle.feature_spec(f"f{k}", spec) for k, spec in enumerate(tables)]
+    embax.auto_stack_tables(features)
+    assert list(embax.get_stacked_table_specs(features)) == [
+        "z_a",  # In order of first appearance.
+        "wide",
+        "mean",
+        "adagrad",
+        "other rate",
+        "quantized",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "expected"),
+    [
+        ([1, 1, 1], 3, [[0, 1, 2]]),
+        ([1, 1, 1], 2, [[0, 1], [2]]),
+        ([2, 2, 1, 1], 3, [[0, 2], [1, 3]]),
+        ([9, 1, 1], 3, [[0], [1, 2]]),
+        ([1, 9, 1], 3, [[0, 2], [1]]),
+        ([], 3, []),
+    ],
+)
+def test_groups_are_cut_first_fit(sizes, limit, expected):
+    names = [str(k) for k in range(len(sizes))]
+    groups = split_by_activation_memory(names, dict(zip(names, sizes, strict=True)), limit)
+    assert groups == [[str(k) for k in group] for group in expected]
+
+
+def test_the_activation_limit_cuts_stacks():
+    _, features = tables_and_features(10, 10, 10, batch=64)
+    embax.auto_stack_tables(features, 1, 4, activation_mem_bytes_limit=2 * 8 * 4 * 16)
+    assert list(embax.get_stacked_table_specs(features)) == ["table_a_table_b", "table_c"]
+
+
+def test_long_names_are_shortened():
+    name = "x" * 51
+    assert short_stack_name("x" * 50) == "x" * 50
+    assert short_stack_name(name) == "x" * 50 + "..." + hashlib.sha256(name.encode()).hexdigest()[:12]
+    _, features = tables_and_features(*[10] * 8)
+    embax.auto_stack_tables(features)
+    (stack,) = embax.get_stacked_table_specs(features)
+    assert re.fullmatch(r".{50}\.\.\.[0-9a-f]{12}", stack)
+
+
+def test_errors():
+    tables, features = tables_and_features(10, 10, 10)
+    with pytest.raises(
+        ValueError, match=r"there are no tables \['x'\]; name some of \['table_a', 'table_b', 'table_c'\]"
+    ):
+        embax.stack_tables(features, ["x"])
+    with pytest.raises(ValueError, match="Table table_a is repeated in group"):
+        embax.stack_tables(features, ["table_a", "table_a"])
+    embax.stack_tables(features, ["table_a", "table_b"], stack_name="stack")
+    with pytest.raises(ValueError, match=r"Table table_b is already stacked\. It is in stack 'stack'"):
+        embax.stack_tables(features, ["table_b", "table_c"])
+    with pytest.raises(
+        ValueError, match="stack name 'stack' is already used by the stack of table 'table_a'; choose another"
+    ):
+        embax.stack_tables(features, ["table_c"], stack_name="stack")
+    assert not tables[2].is_stacked()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optimizer": embax.SGDOptimizerSpec(0.3)}, "different optimizers: {'table_a': SGDOptimizerSpec"),
+        ({"combiner": "mean"}, "different combiners: {'table_a': 'sum', 'other': 'mean'}"),
+        ({"quantization_config": embax.QuantizationConfig(0.0, 1.0, 4)}, "different quantization configs"),
+    ],
+)
+def test_only_like_tables_are_stacked(fields, message):
+    _, features = tables_and_features(10)
+    features.append(oracle.feature_spec("other", oracle.table_spec("other", initializer=INITIALIZER, **fields)))
+    with pytest.raises(ValueError, match=message):
+        embax.stack_tables(features, ["table_a", "other"])
+
+
+def test_different_dimensions_warn_or_fail():
+    _, features = tables_and_features(10)
+    features.append(oracle.feature_spec("other", oracle.table_spec("other", dim=20)))
+    with pytest.raises(
+        ValueError, match="different padded dimensions: {'table_a': 8, 'other': 24}; all are padded to 24"
+    ):
+        embax.stack_tables(features, ["table_a", "other"], fail_on_excess_padding=True)
+    with pytest.warns(UserWarning, match="all are padded to 24 columns"):
+        embax.stack_tables(features, ["table_a", "other"])
+    assert features[0].table_spec.setting_in_stack.padded_embedding_dim == 24
+
+
+@pytest.mark.parametrize("num_sparsecores", [1, 3, 4])
+@pytest.mark.parametrize("backend", ["native", "portable"])
+def test_stacked_tables_train_as_they_do_alone(num_sparsecores, backend):
+    rng = np.random.default_rng(0)
+    vocabularies = (40, 7, 100)
+    ids = [rng.integers(-1, vocabulary, (8, 3)).astype(np.int32) for vocabulary in vocabularies]
+    results = []
+    for place in (embax.prepare_feature_specs_for_training, embax.auto_stack_tables):
+        _, features = tables_and_features(*vocabularies, optimizer=embax.AdagradOptimizerSpec(0.1), combiner="mean")
+        place(features, 1, num_sparsecores)
+        variables = embax.init_embedding_variables(jax.random.key(0), features)
+        packed = embax.preprocess(ids, specs=features)
+        with embax.use_backend(backend):
+            activations = embax.lookup(packed, variables, specs=features)
+            variables = embax.apply_gradients(activations, packed, variables, specs=features)
+        results.append((len(variables), activations, oracle.tables_of(variables, features)))
+    (alone, activations, tables), (stacked, other_activations, other_tables) = results
+    assert (alone, stacked) == (3, 1)
+    jax.tree.map(np.testing.assert_array_equal, (activations, tables), (other_activations, other_tables))
