@@ -47,9 +47,8 @@ def read_arrays(directory: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     options = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
     try:
         with ocp.Checkpointer(_handler()) as checkpointer:
-            tree = checkpointer.restore(
-                directory, ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=options)
-            )
+            wanted = ocp.args.PyTreeRestore(dict.fromkeys(names, 0), restore_args=options, partial_restore=True)
+            tree = checkpointer.restore(directory, wanted)
         return {name: np.asarray(tree[name]) for name in names}
     except Exception as error:
         raise CheckpointError(
