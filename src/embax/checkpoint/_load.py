@@ -1,0 +1,103 @@
+"""Loading."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from embax._stacking.plan import Plan, StackPlan, make_plan, table_specs
+from embax._variables import EmbeddingVariables
+from embax.checkpoint._describe import check_tables, describe_table, slot_names
+from embax.checkpoint._errors import CheckpointError
+from embax.checkpoint._extra import NamedLeaf, check_leaves, decode, named_leaves
+from embax.checkpoint._format import EXTRA_DIRECTORY, Stored, check_array, check_files, read_metadata
+from embax.checkpoint._orbax import read_arrays
+from embax.checkpoint._save import resolve
+from embax.checkpoint._tables import empty_stack, put_logical
+
+
+def read_table(stored: Stored, name: str, label: str) -> np.ndarray:
+    """A table or a slot in logical order, float32[vocabulary_size, embedding_dim], checked."""
+    table = stored.content["tables"][name]
+    array = table["arrays"][label]
+    values = read_arrays(stored.path / array["directory"], ["value"])["value"]
+    shape = (table["vocabulary_size"], table["embedding_dim"])
+    check_array(stored, f"{label.replace('.', ' ')} of table {name!r}", values, shape, "float32", array["checksum"])
+    return values
+
+
+def read_stack(stored: Stored, plan: Plan, stack: StackPlan, stored_names: Mapping[str, str]) -> EmbeddingVariables:
+    """The variables of a stack, on the default device."""
+    arrays = []
+    for label in ("table", *(f"slot.{name}" for name in slot_names(stack.optimizer))):
+        stacked = empty_stack(stack)
+        for table in stack.tables:
+            values = read_table(stored, stored_names[table.name], label)
+            stacked = put_logical(stacked, values, table, plan.num_sparsecores)
+            del values
+        arrays.append(stacked)
+    slots = type(stack.optimizer.slot_variables_initializers())
+    return EmbeddingVariables(arrays[0], slots(*arrays[1:]))
+
+
+def read_leaves(stored: Stored, descriptions: Sequence[dict[str, Any]], template: Sequence[NamedLeaf]) -> list[Any]:
+    """The leaves of `descriptions`, checked, each as its template is."""
+    numbers = {leaf["path"]: str(number) for number, leaf in enumerate(stored.content["extra"] or [])}
+    wanted = [numbers[leaf["path"]] for leaf in descriptions if "shape" in leaf and 0 not in leaf["stored"]["shape"]]
+    arrays = read_arrays(stored.path / EXTRA_DIRECTORY, wanted) if wanted else {}
+    leaves = []
+    for leaf, (_, like) in zip(descriptions, template, strict=True):
+        array = None
+        if "shape" in leaf:
+            shape, dtype = leaf["stored"]["shape"], leaf["stored"]["dtype"]
+            array = arrays.get(numbers[leaf["path"]])
+            if array is None:
+                array = np.empty(shape, np.dtype(dtype))
+            check_array(stored, f"leaf {leaf['path']}", array, shape, dtype, leaf["checksum"])
+        leaves.append(decode(leaf, array, like))
+    return leaves
+
+
+def load(path: str | os.PathLike, *, specs: Any, extra: Any = None) -> tuple[dict[str, EmbeddingVariables], Any]:
+    """Loads what `save` saved, after checking every byte of it.
+
+    Tables may be stacked in another way, and for another number of SparseCores, than when they were saved.
+
+    Args:
+        path: the directory of the checkpoint.
+        specs: pytree of placed `FeatureSpec`. Its tables must be those that were saved: the same names, sizes and
+            optimizer classes. Hyperparameters, combiners and features may differ.
+        extra: a pytree like the `extra` that was saved, of arrays or `jax.ShapeDtypeStruct`, and Python numbers; None
+            leaves `extra` out.
+
+    Returns:
+        The `EmbeddingVariables` of each stack, float32[stack_vocab_size, stack_embedding_dim] arrays on the default
+        device, with zeros as padding; and `extra` as it was saved, with NumPy arrays where the template has such, and
+        JAX arrays with the template's sharding elsewhere. None without a template.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        CheckpointError: the checkpoint is damaged, incomplete or of a newer format, or does not fit `specs` or `extra`.
+        ValueError: the specs have not been placed.
+
+    Example:
+        >>> template = jax.eval_shape(make_dense_parameters)
+        >>> variables, dense = embax.checkpoint.load("run/step_1000", specs=specs, extra=template)
+    """
+    plan, tables = make_plan(specs), table_specs(specs)
+    stored = read_metadata(resolve(path))
+    check_tables(stored.path, stored.content["tables"], {name: describe_table(table) for name, table in tables.items()})
+    descriptions = stored.content["extra"]
+    template = [] if extra is None else named_leaves(extra)
+    if extra is None:
+        descriptions = []
+    elif descriptions is None:
+        raise CheckpointError(f"Checkpoint {stored.path} was saved without extra. Load it with extra=None.")
+    check_leaves(stored.path, descriptions, template)
+    check_files(stored)
+    leaves = read_leaves(stored, descriptions, template)
+    names = {name: name for name in tables}
+    variables = {stack.name: read_stack(stored, plan, stack, names) for stack in plan.stacks}
+    return variables, None if extra is None else jax.tree.unflatten(jax.tree.structure(extra), leaves)
