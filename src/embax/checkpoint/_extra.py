@@ -20,7 +20,8 @@ def named_leaves(tree: Any, prefix: str = "") -> list[NamedLeaf]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key)
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _signature(leaf: Any) -> dict[str, Any] | None:
@@ -45,10 +46,8 @@ def _text(signature: dict[str, Any] | None) -> str:
 
 
 def _on_host(leaf: Any) -> np.ndarray:
-    """The values of an array; of a copy of it, since a NumPy view would keep the leaf from being donated."""
-    if isinstance(leaf, jax.Array):
-        leaf = jax.random.key_data(leaf) if _is_key(leaf) else jnp.array(leaf, copy=True)
-    return np.asarray(leaf)
+    """The values of an array: a view, where that is possible, which must not be kept, since it prevents donation."""
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
 def encode(leaves: Sequence[NamedLeaf]) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:

@@ -47,7 +47,7 @@ def array_directory(table: str, label: str) -> str:
 
 def array_checksum(array: np.ndarray) -> str:
     """CRC-32 of the values in C order."""
-    return f"crc32:{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
+    return f"crc32:{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
 
 
 def _file_record(path: Path) -> dict[str, Any]:
