@@ -256,7 +256,7 @@ def run_demo(*options: str) -> subprocess.CompletedProcess:
 
 
 def test_demo_on_a_criteo_file(tmp_path):
-    options = ["--rows-per-column=500", "--batch-size=64", "--epochs=3"]
+    options = ["--rows-per-column=500", "--batch-size=64", "--epochs=2"]
     done = run_demo(f"--data={TINY}", f"--out={tmp_path}", *options)
     assert done.returncode == 0, done.stderr
     assert "26 categorical features on 26 tables with 13,000 rows in all, 13 dense inputs" in done.stdout

@@ -6,8 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-import embax.nnx.checkpoint
 import numpy as np
+
+import embax.nnx.checkpoint
 
 from . import baselines, criteo, flights
 from .dataset import Dataset
@@ -68,7 +69,7 @@ def run(settings: Settings) -> None:
     )
 
     checkpoint = (settings.out / CHECKPOINT).absolute()
-    embax.nnx.checkpoint.save(checkpoint, model, optimizer)
+    embax.nnx.checkpoint.save(checkpoint, model, optimizer, overwrite=True)
     np.save(settings.out / PREDICTIONS, predicted)
     _restore_in_new_process(settings)
 

@@ -19,6 +19,7 @@ from .dataset import Dataset, Ids, RaggedIds
 DEEP_DIM, WIDE_DIM = 16, 1
 BOTTOM_WIDTH, TOP_WIDTHS = 64, (128, 64)
 DROPOUT = 0.2
+DEEP_INITIALIZER = jax.nn.initializers.truncated_normal(0.02)  # one object, so that equal tables share a compilation
 # The loss is a mean over the batch, so the gradient of a row that one sample names is about 1e-4: the accumulator
 # starts at the square of a few of those. At its default of 0.1 a row would hardly move within these few epochs.
 ACCUMULATOR_START = 1e-6
@@ -34,7 +35,7 @@ def feature_specs(dataset: Dataset, batch_size: int) -> dict[str, embax.FeatureS
             vocabulary_size=table.rows,
             embedding_dim=WIDE_DIM if name in wide else DEEP_DIM,
             combiner="mean",
-            initializer=jax.nn.initializers.zeros if name in wide else jax.nn.initializers.truncated_normal(0.02),
+            initializer=jax.nn.initializers.zeros if name in wide else DEEP_INITIALIZER,
             optimizer=embax.AdagradOptimizerSpec(
                 learning_rate=WIDE_LEARNING_RATE if name in wide else DEEP_LEARNING_RATE,
                 initial_accumulator_value=ACCUMULATOR_START,

@@ -68,24 +68,24 @@ def draw_embeddings(probe: Probe, dataset: Dataset, path: Path) -> None:
 
     figure = Figure(figsize=(14, 6.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
-    sizes = 12 + 250 * probe.counts / probe.counts.max()
+    sizes = 12 + 250 * probe.counts / probe.counts.max()  # areas
     colours = {"c": predicted, "cmap": "viridis", "alpha": 0.85}
     dots = left.scatter(*plane.T, s=sizes, **colours)
     right.scatter(observed, predicted, s=sizes, **colours)
-    figure.colorbar(dots, ax=left, label=f"% predicted {dataset.positive}, all else equal")
+    figure.colorbar(dots, ax=left, label=f"effect: % predicted {dataset.positive}, all else equal")
     for name, *places in zip(probe.names, plane, np.stack([observed, predicted], axis=1), strict=True):
         for axes, place in zip((left, right), places, strict=True):
             axes.annotate(name, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
     left.set(
-        title=f"Learned rows of {dataset.showcase!r} (area: number of samples)",
+        title=f"Learned rows: first component and effect correlate {abs(_correlation(plane[:, 0], predicted)):.2f}",
         xlabel=f"first principal component ({explained[0]:.0%} of the variance)",
         ylabel=f"second principal component ({explained[1]:.0%})",
     )
     right.axline((observed.mean(), observed.mean()), slope=1, color=GREY, linestyle="--")
     right.set(
-        title=f"What the row alone does, and what it coincides with (correlation {np.corrcoef(observed, predicted)[0, 1]:.2f})",
+        title=f"Effect and raw frequency correlate {_correlation(observed, predicted):.2f}",
         xlabel=f"% {dataset.positive} in training",
-        ylabel="% predicted, all else equal",
+        ylabel="effect: % predicted, all else equal",
     )
     right.grid(alpha=0.3)
     least, most = predicted.argmin(), predicted.argmax()
@@ -94,3 +94,7 @@ def draw_embeddings(probe: Probe, dataset: Dataset, path: Path) -> None:
         f"to {predicted[most]:.0f}% ({probe.names[most]}) predicted {dataset.positive}"
     )
     figure.savefig(path, dpi=130)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1])
