@@ -107,3 +107,15 @@ def test_unplaced_specs_are_refused():
     specs = {"f": oracle.feature_spec("f", oracle.table_spec())}
     with pytest.raises(ValueError, match="prepare_feature_specs_for_training was not called"):
         embax.init_embedding_variables(jax.random.key(0), specs)
+
+
+def test_equal_initializers_are_compiled_once():
+    from embax._variables import _draw_by_chunks
+
+    initialized(4, initializer=jax.nn.initializers.truncated_normal(0.125))
+    compiled = _draw_by_chunks._cache_size()
+    same, _ = initialized(4, initializer=jax.nn.initializers.truncated_normal(0.125))
+    assert _draw_by_chunks._cache_size() == compiled
+    other, _ = initialized(4, initializer=jax.nn.initializers.truncated_normal(0.25))
+    assert _draw_by_chunks._cache_size() == compiled + 1
+    np.testing.assert_allclose(other["table"].table, 2 * same["table"].table, rtol=1e-6)

@@ -1,5 +1,6 @@
 """The NNX layer and its optimizer."""
 
+import concurrent.futures
 import functools
 
 import jax
@@ -231,3 +232,15 @@ def test_rows_and_bad_calls():
     with pytest.raises(ValueError, match="max_ids_per_partition"):
         strict.preprocess(many)
     assert Model().embed.preprocess(many).stats.max_ids_per_partition["shared"].max() > 256
+
+
+def test_packing_in_another_thread_while_steps_run():
+    model = Model()
+    optimizer = PartitionedOptimizer(model, optax.sgd(0.1))
+    packer = model.embed.packer
+    rng = np.random.default_rng(0)
+    batches = [draw(rng) for _ in range(50)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for packed, (ids, labels) in zip(pool.map(lambda batch: packer(batch[0]), batches), batches, strict=True):
+            train_step(model, optimizer, packed, labels)
+            np.testing.assert_array_equal(packed.row_pointers, packer(ids).row_pointers)

@@ -137,11 +137,11 @@ def _predict_step(model: ClickModel, packed, dense: jax.Array) -> jax.Array:
 
 def _packed(model: ClickModel, dataset: Dataset, batches: Iterable[np.ndarray]) -> Iterator[tuple]:
     """Packed ids, dense inputs and labels of each batch of positions; a thread packs ahead of the one who iterates."""
-    specs = model.embed.feature_specs  # taken here: nnx.jit takes a model apart for moments while it updates it
+    packer = model.embed.packer  # taken here: nnx.jit takes a model apart for moments while it updates it
 
     def pack(rows: np.ndarray) -> tuple:
         ids, dense, labels = dataset.batch(rows)
-        return embax.preprocess(embax_ids(ids), specs=specs, limits="grow"), dense, labels
+        return packer(embax_ids(ids)), dense, labels
 
     return _ahead(pack, batches)
 

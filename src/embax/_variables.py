@@ -1,5 +1,6 @@
 """The tables and slots of all stacks, and their first values."""
 
+import dataclasses
 import functools
 import zlib
 from typing import Any, NamedTuple
@@ -44,6 +45,26 @@ def _independent_of_shape(initializer: Initializer) -> bool:
     return _made_by(initializer, init.uniform(), init.normal(), init.truncated_normal())
 
 
+@dataclasses.dataclass(frozen=True)
+class _ByValue:
+    """An initializer that is equal to others of the same code and parameters, so that tables share one compilation."""
+
+    code: Any
+    parameters: Any
+    function: Initializer = dataclasses.field(compare=False)
+
+    @classmethod
+    def of(cls, initializer: Initializer) -> "_ByValue":
+        """Of one that `jax.nn.initializers` made."""
+        cells = getattr(initializer, "__closure__", None) or ()
+        parameters: Any = tuple(cell.cell_contents for cell in cells)
+        try:
+            hash(parameters)
+        except TypeError:  # Such as an array for the standard deviation.
+            parameters = initializer
+        return cls(getattr(initializer, "__code__", None), parameters, initializer)
+
+
 @functools.partial(jax.jit, static_argnames="num_rows")
 def _fill(row: jax.Array, num_rows: int) -> jax.Array:
     """float32[num_rows, dim] whose rows are all `row`, in memory pages that suit random access where there are such."""
@@ -65,7 +86,7 @@ def _draw_by_chunks(
     key: jax.Array,
     placement: RowPlacement,
     *,
-    initializer: Initializer,
+    initializer: _ByValue,
     dim: int,
     num_sparsecores: int,
 ) -> jax.Array:
@@ -73,7 +94,7 @@ def _draw_by_chunks(
     num_rows = stacked.shape[0]
 
     def draw(chunk, stacked):
-        values = initializer(jax.random.fold_in(key, chunk), (CHUNK_ROWS, dim), jnp.float32)
+        values = initializer.function(jax.random.fold_in(key, chunk), (CHUNK_ROWS, dim), jnp.float32)
         ids = chunk * CHUNK_ROWS + jnp.arange(CHUNK_ROWS, dtype=jnp.int32)
         rows = physical_rows(ids, placement, num_rows, num_sparsecores)
         rows = jnp.where(ids < placement.vocabulary_size, rows, num_rows)
@@ -106,7 +127,7 @@ def _initialize(key: jax.Array, plan: Plan, stack: StackPlan, initializers: dict
                 stacked,
                 table_key,
                 table.rows,
-                initializer=initializer,
+                initializer=_ByValue.of(initializer),
                 dim=table.embedding_dim,
                 num_sparsecores=plan.num_sparsecores,
             )

@@ -81,8 +81,17 @@ class SparseCoreEmbed(nnx.Module):
         """The placed feature specs."""
         return self._features.specs
 
+    @property
+    def packer(self) -> Packer:
+        """What packs for this layer: `packer(ids, weights)` is `preprocess(ids, weights)`.
+
+        Another thread that packs ahead of the steps must take this once and call it: while `nnx.jit` updates a model, its
+        attributes are missing for moments.
+        """
+        return self._packer
+
     def preprocess(self, ids: Any, weights: Any = None) -> PreprocessedInput:
-        """Packs a batch on the host, ahead of the jitted step; may run in another thread.
+        """Packs a batch on the host, ahead of the jitted step (in another thread: see `packer`).
 
         Args:
             ids: ids of each feature, in the structure of the specs: see `embax.preprocess`.

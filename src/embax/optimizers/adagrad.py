@@ -24,7 +24,9 @@ class AdagradOptimizerSpec(OptimizerSpec):
 
     Args:
         learning_rate: `lr`, a number or a schedule (see `OptimizerSpec`).
-        initial_accumulator_value: the value of `a` before the first step, at least 0.
+        initial_accumulator_value: the value of `a` before the first step, at least 0. It should not be far above the square
+            of a row's gradient: under a loss that is the mean over a batch of thousands, gradients are so small that the
+            default of 0.1 nearly freezes the table; choose 1e-6 or less there.
 
     Source: Duchi, Hazan and Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, 2011.
     """
