@@ -1,5 +1,6 @@
 """The functional core: lookup, update, reading rows; what it refuses; that it is deterministic."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -17,8 +18,8 @@ from embax import _native
 IDS = {"f": np.array([[1, 2, 2], [0, -1, 49]], np.int32)}
 
 
-def model(num_sparsecores=4, vocabulary=50, dim=8, **fields):
-    specs = {"f": oracle.feature_spec("f", oracle.table_spec(vocabulary=vocabulary, dim=dim, **fields), batch=2)}
+def model(num_sparsecores=4, **fields):
+    specs = {"f": oracle.feature_spec("f", oracle.table_spec(**fields), batch=2)}
     embax.prepare_feature_specs_for_training(specs, 1, num_sparsecores)
     return specs, embax.init_embedding_variables(jax.random.key(0), specs)
 
@@ -125,11 +126,20 @@ def test_reading_rows():
     inside = jax.jit(lambda ids: embax.read_rows(variables, "table", ids, specs=specs))(jnp.array([3, 50, -1]))
     np.testing.assert_array_equal(inside[0], table[3])
     assert np.isnan(inside[1:]).all()
-    with pytest.raises(ValueError, match="Table 'table': id 50 is outside the vocabulary, 0 to 49"):
-        embax.read_rows(variables, "table", [1, 50], specs=specs)
+    for dtype in (np.int8, np.uint8, np.int16, np.uint64):
+        few = np.arange(50).astype(dtype)
+        np.testing.assert_array_equal(embax.read_rows(variables, "table", few, specs=specs), table)
+        inside = jax.jit(lambda ids: embax.read_rows(variables, "table", ids, specs=specs))(few.astype(np.uint8))
+        np.testing.assert_array_equal(inside, table)
+    assert embax.read_rows(variables, "table", [], specs=specs).shape == (0, 8)
+    for bad in (50, -1, 2**32 + 5, 2**63 - 1):
+        with pytest.raises(
+            ValueError, match=rf"'table': id {bad} at position \(1,\) is outside the vocabulary, 0 to 49"
+        ):
+            embax.read_rows(variables, "table", np.array([1, bad]), specs=specs)
     with pytest.raises(ValueError, match="There is no table 'x'; the tables are .'table'."):
         embax.read_rows(variables, "x", [1], specs=specs)
-    with pytest.raises(ValueError, match="Table 'table': ids are float32; they must be integers"):
+    with pytest.raises(ValueError, match="Table 'table': ids are float64; they must be integers"):
         embax.read_rows(variables, "table", [1.0], specs=specs)
 
 
@@ -151,11 +161,87 @@ def test_mismatches_are_named():
     slot = embax.AdagradSlotVariables(variables["table"].table)
     with pytest.raises(ValueError, match="Stack 'table' has 2 arrays; SGDOptimizerSpec needs 1"):
         embax.lookup(packed, {"table": embax.EmbeddingVariables(variables["table"].table, slot)}, specs=specs)
-    other, other_variables = model(num_sparsecores=2)
+    for arguments in ({"g": 1.0}, None):
+        with pytest.raises(ValueError, match="variables are|The variables are a NoneType"):
+            embax.lookup(packed, arguments, specs=specs)
+    with pytest.raises(ValueError, match="The batch is a dict; it must be what embax.preprocess returned"):
+        embax.lookup(IDS, variables, specs=specs)
     with pytest.raises(
-        ValueError, match=r"packed for .* on \(devices, SparseCores a device\) \(1, 4\), the specs describe .* \(1, 2\)"
+        ValueError, match=r"Feature 'f': the activation has shape \(2, 2\); that of its activations is \(2, 8\)"
     ):
-        embax.lookup(packed, other_variables, specs=other)
+        embax.apply_gradients(gradients, packed, variables, specs=specs, activations={"f": jnp.ones((2, 2))})
+    with pytest.raises(
+        ValueError, match="Feature 'f': the gradient is complex64; it must be a real floating point array"
+    ):
+        embax.apply_gradients({"f": jnp.ones((2, 8), jnp.complex64)}, packed, variables, specs=specs)
+    with pytest.raises(ValueError, match="'f': the gradient has shape None"):
+        embax.apply_gradients({"f": 1.0}, packed, variables, specs=specs)
+
+
+def test_a_batch_for_other_specs_is_refused():
+    packed = embax.preprocess(IDS, specs=model()[0])
+    for options, message in (
+        (
+            {"num_sparsecores": 2},
+            r"packed for \(devices, SparseCores a device\) \(1, 4\), the specs were placed for \(1, 2\)",
+        ),
+        ({"vocabulary": 51}, "Stack 'table': the batch was packed for other specs. Their features"),
+        ({"combiner": "mean"}, "Stack 'table': the batch was packed for other specs. Their combiner: sum; .* mean"),
+        ({"name": "other"}, r"packed for the stacks \['table'\], the specs have \['other'\]"),
+    ):
+        specs, variables = model(**options)
+        with pytest.raises(ValueError, match=message):
+            embax.lookup(packed, variables, specs=specs)
+
+
+def test_arrays_and_layouts_that_lie_are_refused_before_the_tables_are_donated():
+    specs, variables = model()
+    packed = embax.preprocess(IDS, specs=specs)
+    step = jax.jit(lambda v, p: embax.apply_gradients({"f": jnp.ones((2, 8))}, p, v, specs=specs), donate_argnums=0)
+    for changes in (
+        {"embedding_ids": packed.embedding_ids[:8]},
+        {"gains": packed.gains.astype(np.float16)},
+        {"row_pointers": packed.row_pointers[None]},
+    ):
+        with pytest.raises(ValueError, match=f"packed batch has {next(iter(changes))} of shape .*; its layout says"):
+            step(variables, packed.replace(**changes))
+    (stack,) = packed.layout.stacks
+    for changes in (
+        {"entries_start": 2**62 + 2**40, "capacity": 2**62},
+        {"entries_start": 2**63 - 64},
+        {"row_pointers_start": 2**63 - 8},
+        {"batch_sizes": (2**61,)},
+        {"batch_sizes": (-40,)},
+        {"batch_sizes": ()},
+    ):
+        layout = dataclasses.replace(packed.layout, stacks=(dataclasses.replace(stack, **changes),))
+        with pytest.raises(ValueError, match="The layout of the packed batch contradicts itself"):
+            step(variables, packed.replace(layout=layout))
+    assert not variables["table"].table.is_deleted()
+
+
+@pytest.mark.parametrize("backend", ["native", "portable"])
+def test_an_empty_batch_changes_nothing(backend):
+    specs, variables = model(optimizer=embax.AdagradOptimizerSpec(0.1))
+    for limits in ("raise", "grow"):
+        packed = embax.preprocess({"f": np.zeros((0, 3), np.int32)}, specs=specs, limits=limits)
+        with embax.use_backend(backend):
+            activations = embax.lookup(packed, variables, specs=specs)
+            new = embax.apply_gradients(activations, packed, variables, specs=specs, activations=activations)
+        assert activations["f"].shape == (0, 8)
+        jax.tree.map(np.testing.assert_array_equal, new, variables)
+
+
+def test_what_jax_transformations_may_not_do_is_said():
+    specs, variables = model()
+    packed = embax.preprocess(IDS, specs=specs)
+    with pytest.raises(
+        ValueError, match="embax_lookup cannot be differentiated. Differentiate with respect to the activations"
+    ):
+        jax.grad(lambda v: jnp.sum(embax.lookup(packed, v, specs=specs)["f"]))(variables)
+    stacked = jax.tree.map(lambda array: jnp.stack([array] * 2), packed)
+    with pytest.raises(ValueError, match="embax_lookup cannot be mapped by vmap. Make one larger batch"):
+        jax.vmap(lambda p: embax.lookup(p, variables, specs=specs))(stacked)
 
 
 def test_specs_placed_for_several_devices_are_refused():
@@ -248,3 +334,6 @@ def test_slower_instruction_sets_can_be_asked_for():
         ).stdout
         assert out.strip() in {simd, "baseline"}
     assert _native.simd() in {"baseline", "avx2", "avx512"}
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run_program(EMBAX_SIMD="AVX2")
+    assert "variable EMBAX_SIMD is 'AVX2'; it must be one of 'baseline', 'avx2', 'avx512'" in error.value.stderr

@@ -119,3 +119,23 @@ def test_equal_initializers_are_compiled_once():
     other, _ = initialized(4, initializer=jax.nn.initializers.truncated_normal(0.25))
     assert _draw_by_chunks._cache_size() == compiled + 1
     np.testing.assert_allclose(other["table"].table, 2 * same["table"].table, rtol=1e-6)
+
+
+def test_drawing_needs_memory_for_a_chunk_only():
+    from embax import _variables
+
+    for vocabulary, dim in ((10, 1000), (2_000_000, 8)):
+        table = TablePlan("t", dim, RowPlacement(vocabulary, 0, 0))
+        rows = _variables._chunk_rows(table)
+        assert rows * dim <= _variables.CHUNK_ELEMENTS
+        assert rows < 2 * vocabulary
+        compiled = _variables._draw_by_chunks.lower(
+            jax.ShapeDtypeStruct((vocabulary, dim), jnp.float32),
+            jax.random.key(0),
+            table.rows,
+            initializer=_variables._ByValue.of(oracle.NORMAL),
+            chunk_rows=rows,
+            dim=dim,
+            num_sparsecores=1,
+        ).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 32 << 20

@@ -149,8 +149,25 @@ def test_two_lookups_in_one_step_are_refused():
         ValueError, match="Stack 'shared' is looked up twice in one differentiated step.*features that share"
     ):
         nnx.jit(step)(model, optimizer)
+    before = jax.tree.map(np.asarray, model.embed.embedding_table.get_value())
     with pytest.raises(ValueError, match="looked up 2 times in one differentiated step"):
         step(model, optimizer)
+
+    # Where the trace does not show it, the tables stay, and the next batch is refused.
+    @nnx.jit
+    def predict(model, packed):
+        return model(packed)
+
+    @functools.partial(nnx.jit, donate_argnames=("model", "optimizer"))
+    def hidden(model, optimizer):
+        gradients = nnx.grad(lambda model: jnp.sum(predict(model, packed) + predict(model, packed)))(model)
+        optimizer.update(model, gradients)
+
+    hidden(model, optimizer)
+    jax.block_until_ready(nnx.state(model))
+    jax.tree.map(np.testing.assert_array_equal, before, model.embed.embedding_table.get_value())
+    with pytest.raises(ValueError, match="looked up 2 times in one differentiated step.*left as they are"):
+        model.embed.preprocess(ids)
 
 
 def test_two_layers_in_one_model():

@@ -172,7 +172,13 @@ def test_learning_rates():
         schedule.get_learning_rate()
     with pytest.raises(ValueError, match="takes 2 arguments; it must take none, or the step alone"):
         embax.SGDOptimizerSpec(lambda step, rate: rate)
-    with pytest.raises(ValueError, match="learning_rate is '0.1'; it must be a number"):
-        embax.SGDOptimizerSpec("0.1")
-    with pytest.raises(ValueError, match="initial_accumulator_value is -1; it must be at least 0"):
+    for rate in ("0.1", float("nan"), True):
+        with pytest.raises(ValueError, match="learning_rate is .*; it must be a number"):
+            embax.SGDOptimizerSpec(rate)
+    for schedule in (max, lambda *, step: step):
+        with pytest.raises(ValueError, match="SGDOptimizerSpec: the learning rate schedule .* takes unknown"):
+            embax.SGDOptimizerSpec(schedule)
+    with pytest.raises(ValueError, match=r"returned an array of shape \(1,\); it must return a scalar"):
+        embax.SGDOptimizerSpec(lambda: np.ones(1)).get_learning_rate()
+    with pytest.raises(ValueError, match="initial_accumulator_value is -1; it must be a number of at least 0"):
         embax.AdagradOptimizerSpec(0.1, initial_accumulator_value=-1)

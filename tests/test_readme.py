@@ -10,7 +10,7 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 def test_the_example_runs(standard_promotion):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 27
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
     names: dict = {}
     exec(compile(code, str(README), "exec"), names)
     assert np.isfinite(float(names["loss"]))

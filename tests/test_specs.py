@@ -76,6 +76,7 @@ def test_a_stacked_table_spec_is_a_pytree_without_leaves():
         ({"vocabulary": 0}, "Table 'table': vocabulary_size is 0; it must be an integer from 1 to 2147483647"),
         ({"vocabulary": 2**31}, "Table 'table': vocabulary_size is 2147483648; it must be an integer from 1 to"),
         ({"dim": 2.5}, "Table 'table': embedding_dim is 2.5; it must be an integer"),
+        ({"quantization_config": (0, 1, 3)}, "quantization_config is .0, 1, 3.; it must be a QuantizationConfig"),
         ({"combiner": "max"}, "Table 'table': combiner is 'max'; it must be one of 'sum', 'mean', 'sqrtn'"),
         ({"optimizer": "adam"}, "Table 'table': optimizer is 'adam'; it must be one of embax's optimizer specs"),
         ({"initializer": 0.1}, r"Table 'table': initializer is 0.1; it must be a function \(key, shape, dtype\)"),
@@ -94,6 +95,7 @@ def test_bad_tables(fields, message):
     [
         ({"output_shape": (10,)}, r"Feature 'f': output_shape is \(10,\); it must be \(batch, embedding_dim\)"),
         ({"output_shape": (10, 9)}, "output_shape is .10, 9., wider than the 8 columns of table 'table'"),
+        ({"input_shape": None}, "Feature 'f': input_shape is None; it must be a sequence of sizes"),
         ({"input_shape": ()}, r"Feature 'f': input_shape is \(\); it must be \(batch, valency\)"),
         ({"input_shape": (0, 3)}, "Feature 'f': a size of input_shape is 0"),
         ({"table_spec": "table"}, "Feature 'f': table_spec is 'table'; it must be a TableSpec"),
@@ -129,6 +131,9 @@ def test_bad_trees():
     [
         ({"min_value": 1.0, "max_value": 1.0}, r"the range is \[1.0, 1.0\]; min_value must be below max_value"),
         ({"max_value": float("nan")}, "min_value must be below max_value, both finite"),
+        ({"max_value": "b"}, "min_value must be below max_value"),
+        ({"max_value": 1e-50}, "float32 must hold their difference"),
+        ({"min_value": -1e300, "max_value": 1e300}, "float32 must hold their difference"),
         ({"num_buckets": 1}, "num_buckets is 1; it must be at least 2"),
     ],
 )
@@ -139,3 +144,48 @@ def test_bad_quantization(fields, message):
 
 def test_quantization_as_tuple():
     assert embax.QuantizationConfig(0.0, 15.0, 256).as_tuple() == (0.0, 15.0, 256)
+
+
+def test_placed_specs_cannot_be_changed():
+    table = oracle.table_spec()
+    specs = [oracle.feature_spec("f", table)]
+    table.vocabulary_size = 60  # Before placement they may.
+    embax.prepare_feature_specs_for_training(specs)
+    for spec, field, value in (
+        (table, "vocabulary_size", 70),
+        (table, "combiner", "mean"),
+        (specs[0], "output_shape", (1, 2)),
+    ):
+        with pytest.raises(AttributeError, match=f"'{spec.name}': {field} cannot be set to .* placed for training"):
+            setattr(spec, field, value)
+    table.vocabulary_size = 60
+
+
+def test_what_was_placed_apart_is_refused():
+    table = oracle.table_spec()
+    specs = [oracle.feature_spec("f", table)]
+    embax.prepare_feature_specs_for_training(specs, 1, 4)
+    late = [*specs, oracle.feature_spec("late", table)]
+    with pytest.raises(
+        ValueError, match="Feature 'late' has not been placed, but its table 'table' is in stack 'table' already"
+    ):
+        embax.prepare_feature_specs_for_training(late, 1, 4)
+    with pytest.raises(ValueError, match="Feature 'late' has not been placed with its table 'table'"):
+        embax.preprocess([[[1]], [[1]]], specs=late)
+    with pytest.raises(
+        ValueError, match=r"placed for \(devices, SparseCores a device\) \(1, 4\) and is now asked for on \(1, 2\)"
+    ):
+        embax.prepare_feature_specs_for_training(specs, 1, 2)
+    other = [oracle.feature_spec("g", oracle.table_spec("other"))]
+    embax.stack_tables(other, ["other"], stack_name="table")
+    other.append(oracle.feature_spec("f", oracle.table_spec()))
+    with pytest.raises(
+        ValueError, match="Table 'table' needs a stack of its name, which the stack of table 'other' has"
+    ):
+        embax.prepare_feature_specs_for_training(other)
+
+
+def test_two_tables_of_one_name_differ_in_a_field_that_is_named():
+    one, two = oracle.table_spec(initializer=jax.nn.initializers.normal()), oracle.table_spec(combiner="mean")
+    with pytest.raises(ValueError, match="they differ in initializer, combiner. Table names must differ"):
+        embax.prepare_feature_specs_for_training([oracle.feature_spec("f", one), oracle.feature_spec("g", two)])

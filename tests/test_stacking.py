@@ -174,3 +174,18 @@ def test_stacked_tables_train_as_they_do_alone(num_sparsecores, backend):
     (alone, activations, tables), (stacked, other_activations, other_tables) = results
     assert (alone, stacked) == (3, 1)
     jax.tree.map(np.testing.assert_array_equal, (activations, tables), (other_activations, other_tables))
+
+
+def test_limits_of_stacks_name_the_remedy_that_works():
+    _, features = tables_and_features(4000, 4000, batch=2000)
+    embax.auto_stack_tables(features)
+    ids = np.arange(6000, dtype=np.int32).reshape(2000, 3) % 4000
+    with pytest.raises(ValueError, match="Pass stack_to_max_ids_per_partition= to the stacking function, for at least"):
+        embax.preprocess([ids, ids], specs=features)
+
+
+def test_a_name_that_is_taken_gets_a_longer_one():
+    _, features = tables_and_features(10, 10)
+    features.append(oracle.feature_spec("f", oracle.table_spec("table_a_table_b", dim=16)))
+    embax.auto_stack_tables(features)
+    assert list(embax.get_stacked_table_specs(features)) == ["table_a_table_b", "table_a_table_b_"]

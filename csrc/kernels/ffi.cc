@@ -63,13 +63,15 @@ class PackedBatch {
   const Stack& stack(int64_t k) const { return stacks_[k]; }
 
   std::string Problem() const {
-    if (num_sparsecores_ < 1) return "the number of SparseCores is not positive";
+    // Compared by subtraction and division, which cannot overflow.
+    if (num_sparsecores_ < 1 || num_sparsecores_ > num_row_pointers_) return "the number of SparseCores is wrong";
+    const int64_t row_pointers = num_sparsecores_ * row_pointers_per_sparsecore_;
     for (int64_t k = 0; k < num_stacks_; ++k) {
       const Stack& s = stacks_[k];
       const bool fits = s.row_pointers_start >= 0 && s.entries_start >= 0 && s.capacity >= 0 &&
-                        s.samples_per_sparsecore >= 0 &&
-                        s.row_pointers_start + num_sparsecores_ * row_pointers_per_sparsecore_ <= num_row_pointers_ &&
-                        s.entries_start + s.capacity <= num_entries_;
+                        s.samples_per_sparsecore >= 0 && s.samples_per_sparsecore <= INT32_MAX &&
+                        row_pointers <= num_row_pointers_ - s.row_pointers_start &&
+                        s.capacity <= num_entries_ - s.entries_start;
       if (!fits) return "stack " + std::to_string(k) + " does not lie in the packed arrays";
     }
     return "";
@@ -103,12 +105,25 @@ class PackedBatch {
   int64_t num_stacks_;
 };
 
-// Threads that a kernel may use: those of XLA's pool, or fewer if EMBAX_NUM_THREADS says so.
+// Threads that a kernel may use: those of XLA's pool, or fewer if EMBAX_NUM_THREADS says so, which is read once: other
+// threads may change the environment later.
 int64_t NumThreads(ffi::ThreadPool pool) {
+  static const int64_t asked = [] {
+    const char* limit = std::getenv("EMBAX_NUM_THREADS");
+    return limit != nullptr ? std::atoll(limit) : 0;
+  }();
   const int64_t available = std::max<int64_t>(pool.num_threads(), 1);
-  const char* limit = std::getenv("EMBAX_NUM_THREADS");
-  const int64_t asked = limit != nullptr ? std::atoll(limit) : 0;
-  return asked > 0 ? std::min(asked, available) : available;
+  return asked > 0 ? std::min<int64_t>(asked, available) : available;
+}
+
+// Runs the body of a handler; memory that cannot be had becomes an error of the computation.
+template <typename Body>
+ffi::Error Guarded(Body&& body) {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("embax: ") + error.what());
+  }
 }
 
 // Runs one task for each stack and SparseCore on XLA's threads; `bytes` are the bytes of rows that all of them touch.
@@ -116,12 +131,8 @@ template <typename Task>
 ffi::Error RunTasks(ffi::ThreadPool threads, const PackedBatch& batch, int64_t bytes, Task&& task) {
   const int64_t helpers = bytes < kInlineBytes ? 0 : NumThreads(threads) - 1;
   const int64_t sparsecores = batch.num_sparsecores();
-  try {
-    ParallelFor([&](std::function<void()> work) { threads.Schedule(std::move(work)); }, helpers,
-                batch.num_stacks() * sparsecores, [&](int64_t i) { task(i / sparsecores, i % sparsecores); });
-  } catch (const std::exception& error) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("embax: ") + error.what());
-  }
+  ParallelFor([&](std::function<void()> work) { threads.Schedule(std::move(work)); }, helpers,
+              batch.num_stacks() * sparsecores, [&](int64_t i) { task(i / sparsecores, i % sparsecores); });
   return ffi::Error::Success();
 }
 
@@ -238,33 +249,6 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
   });
 }
 
-XLA_FFI_DEFINE_HANDLER(kLookup, Lookup,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Int32s>()
-                           .Arg<Int32s>()
-                           .Arg<Int32s>()
-                           .Arg<Floats>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attr<int64_t>("num_sparsecores")
-                           .Attr<Int64Span>("stacks")
-                           .Attr<FloatSpan>("quantization"));
-
-XLA_FFI_DEFINE_HANDLER(kUpdate, Update,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Int32s>()
-                           .Arg<Int32s>()
-                           .Arg<Int32s>()
-                           .Arg<Floats>()
-                           .Arg<Floats>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attr<int64_t>("num_sparsecores")
-                           .Attr<Int64Span>("stacks")
-                           .Attr<Int64Span>("rules"));
-
 // Every row of the result is `row`. Rows of a table are read at random: huge pages, asked for before the memory is first
 // touched, spare most of the page table walks.
 ffi::Error Fill(ffi::ThreadPool threads, Floats row, ResultMatrix table) {
@@ -288,7 +272,55 @@ ffi::Error Fill(ffi::ThreadPool threads, Floats row, ResultMatrix table) {
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER(kFill, Fill,
+ffi::Error GuardedLookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
+                         ffi::RemainingArgs tables, ffi::RemainingRets activations, int64_t num_sparsecores,
+                         Int64Span stacks, FloatSpan quantization) {
+  return Guarded([&] {
+    return Lookup(threads, row_pointers, ids, samples, gains, tables, activations, num_sparsecores, stacks, quantization);
+  });
+}
+
+ffi::Error GuardedUpdate(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
+                         Floats hyperparameters, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                         int64_t num_sparsecores, Int64Span stacks, Int64Span rules) {
+  return Guarded([&] {
+    return Update(threads, row_pointers, ids, samples, gains, hyperparameters, operands, results, num_sparsecores, stacks,
+                  rules);
+  });
+}
+
+ffi::Error GuardedFill(ffi::ThreadPool threads, Floats row, ResultMatrix table) {
+  return Guarded([&] { return Fill(threads, row, table); });
+}
+
+XLA_FFI_DEFINE_HANDLER(kLookup, GuardedLookup,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<Int32s>()
+                           .Arg<Int32s>()
+                           .Arg<Int32s>()
+                           .Arg<Floats>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attr<int64_t>("num_sparsecores")
+                           .Attr<Int64Span>("stacks")
+                           .Attr<FloatSpan>("quantization"));
+
+XLA_FFI_DEFINE_HANDLER(kUpdate, GuardedUpdate,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<Int32s>()
+                           .Arg<Int32s>()
+                           .Arg<Int32s>()
+                           .Arg<Floats>()
+                           .Arg<Floats>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attr<int64_t>("num_sparsecores")
+                           .Attr<Int64Span>("stacks")
+                           .Attr<Int64Span>("rules"));
+
+XLA_FFI_DEFINE_HANDLER(kFill, GuardedFill,
                        ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Matrix>());
 
 }  // namespace

@@ -21,7 +21,7 @@ namespace {
 
 const RowKernels& Choose() {
   const char* asked = std::getenv("EMBAX_SIMD");
-  const auto allowed = [asked](const char* isa) { return asked == nullptr || std::strcmp(asked, isa) == 0; };
+  const auto allowed = [asked](const char* isa) { return asked == nullptr || *asked == 0 || std::strcmp(asked, isa) == 0; };
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,4 +1,4 @@
-"""Large sharded embedding tables for JAX, on CPU, GPU and TPU."""
+"""Large embedding tables for JAX, updated in place."""
 
 from embax._matmul import apply_gradients as apply_gradients
 from embax._matmul import lookup as lookup

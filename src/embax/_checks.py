@@ -1,9 +1,12 @@
 """Checks of arguments whose errors say what was given, what is allowed, and where."""
 
+import math
+import numbers
 import operator
 from typing import Any
 
 INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
 
 
 def positive_int(owner: str, field: str, value: Any, *, maximum: int = INT32_MAX) -> int:
@@ -15,6 +18,11 @@ def positive_int(owner: str, field: str, value: Any, *, maximum: int = INT32_MAX
     if isinstance(value, bool) or not 1 <= number <= maximum:
         raise ValueError(f"{owner}: {field} is {value!r}; it must be an integer from 1 to {maximum}.")
     return number
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether `value` is an int or a float, and neither infinite nor NaN."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def next_multiple(value: int, multiple: int) -> int:

@@ -1,7 +1,8 @@
 """The one differentiable lookup that is under every layer.
 
 Its backward pass updates the tables: the "gradient" of the variables that it returns *is the new variables*. So a step may
-look a table up once only.
+look a table up once only, and what is done to gradients behind the backward pass (scaling, clipping, averaging) must leave
+those of tables out. What scales the loss scales the gradients that the table's optimizer sees.
 """
 
 import functools
@@ -27,9 +28,10 @@ def _note_differentiated(variables: dict[str, Any], plan: Plan) -> None:
             continue
         if _differentiated.get(id(table)) is table:
             raise ValueError(
-                f"Stack {stack.name!r} is looked up twice in one differentiated step. The backward pass of a lookup updates "
-                "the tables, and two updates of one table cannot be added. Look both batches up in one call (as "
-                "features that share the table, or as one larger batch), or use embax.lookup and embax.apply_gradients."
+                f"Stack {stack.name!r} is looked up twice in one differentiated step. The backward pass of a lookup "
+                "updates the tables, and two updates of one table cannot be added. Look both batches up in one call (as "
+                "features that share the table, or as one larger batch), differentiate once, or use embax.lookup and "
+                "embax.apply_gradients."
             )
         _differentiated[id(table)] = table
 

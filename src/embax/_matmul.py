@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from embax._ops.geometry import make_geometry
 from embax._ops.lookup import lookup_stacks
@@ -14,7 +15,7 @@ from embax._ops.update import update_stacks
 from embax._preprocess.buffers import PreprocessedInput
 from embax._specs import FeatureSpec
 from embax._stacking.layout import physical_rows
-from embax._stacking.plan import Plan, make_plan
+from embax._stacking.plan import FeaturePlan, Plan, make_plan
 from embax._types import PyTreeDef
 from embax._variables import EmbeddingVariables
 
@@ -39,6 +40,10 @@ def _flatten_like(tree: Any, structure: PyTreeDef, what: str) -> list[jax.Array]
 
 def check_variables(variables: Mapping[str, Any], plan: Plan) -> None:
     """Raises a ValueError unless `variables` hold table and slots of every stack, in shape and dtype."""
+    if not isinstance(variables, Mapping):
+        raise ValueError(
+            f"The variables are a {type(variables).__name__}; they must be a dict of EmbeddingVariables by stack."
+        )
     expected, given = {stack.name for stack in plan.stacks}, set(variables)
     if expected != given:
         raise ValueError(f"The variables are of the stacks {sorted(given)}, the specs have {sorted(expected)}.")
@@ -50,11 +55,28 @@ def check_variables(variables: Mapping[str, Any], plan: Plan) -> None:
                 "the table and its slots. Make them with embax.init_embedding_variables."
             )
         for array in arrays:
-            if array.shape != stack.shape or array.dtype != jnp.float32:
+            shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", type(array).__name__)
+            if shape != stack.shape or dtype != jnp.float32:
                 raise ValueError(
-                    f"Stack {stack.name!r} has an array {array.dtype}{list(array.shape)}; table and slots must be "
+                    f"Stack {stack.name!r} has an array {dtype}{list(shape)}; table and slots must be "
                     f"float32{list(stack.shape)}. Make them with embax.init_embedding_variables from these specs."
                 )
+            if isinstance(array, jax.Array) and not isinstance(array, Tracer) and len(array.devices()) > 1:
+                raise ValueError(
+                    f"Stack {stack.name!r} has an array spread over {len(array.devices())} devices; lookups and updates run on "
+                    "one. Put it on one device with jax.device_put."
+                )
+
+
+def check_activations(what: str, feature: FeaturePlan, batch: int, array: Any) -> None:
+    """Raises a ValueError unless `array` may be the activations of a feature, or their gradient."""
+    shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+    if shape != (batch, feature.output_dim):
+        raise ValueError(
+            f"Feature {feature.name!r}: the {what} has shape {shape}; that of its activations is {(batch, feature.output_dim)}."
+        )
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"Feature {feature.name!r}: the {what} is {dtype}; it must be a real floating point array.")
 
 
 def lookup_features(
@@ -62,7 +84,7 @@ def lookup_features(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Activations of each feature in the order of the feature leaves, and of each stack."""
     check_variables(variables, plan)
-    geometry = make_geometry(plan, packed.layout)
+    geometry = make_geometry(plan, packed)
     tables = [jax.tree.leaves(variables[stack.name])[0] for stack in plan.stacks]
     stacked = lookup_stacks(packed, tables, geometry)
     features: dict[int, jax.Array] = {}
@@ -82,18 +104,13 @@ def update_features(
 ) -> dict[str, Any]:
     """New variables from the gradients of each feature's activations; `after` as in `update_stacks`."""
     check_variables(variables, plan)
-    geometry = make_geometry(plan, packed.layout)
+    geometry = make_geometry(plan, packed)
     stacked = []
     for stack, placed in zip(plan.stacks, packed.layout.stacks, strict=True):
         parts = []
         for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
-            gradient = gradients[feature.leaf]
-            if gradient.shape != (batch, feature.output_dim):
-                raise ValueError(
-                    f"Feature {feature.name!r}: the gradient has shape {gradient.shape}; that of its activations is "
-                    f"{(batch, feature.output_dim)}."
-                )
-            parts.append(gradient.astype(jnp.float32))
+            check_activations("gradient", feature, batch, gradients[feature.leaf])
+            parts.append(gradients[feature.leaf].astype(jnp.float32))
         stacked.append(stack_gradients(parts, stack, placed, packed.layout))
     new = update_stacks(
         packed,
@@ -173,7 +190,11 @@ def apply_gradients(
     after = []
     if activations is not None:
         by_leaf = _flatten_like(activations, structure, "activations")
-        after = [by_leaf[stack.features[0].leaf] for stack in plan.stacks]
+        make_geometry(plan, packed)  # Checks the batch, whose sizes come next.
+        for stack, placed in zip(plan.stacks, packed.layout.stacks, strict=True):
+            for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
+                check_activations("activation", feature, batch, by_leaf[feature.leaf])
+            after.append(by_leaf[stack.features[0].leaf])
     leaves = _flatten_like(gradients, structure, "gradients")
     return update_features(leaves, packed, variables, plan, step, after)
 
@@ -199,14 +220,25 @@ def read_rows(variables: Mapping[str, EmbeddingVariables], table: str, ids: Any,
         raise ValueError(f"There is no table {table!r}; the tables are {sorted(places)}.")
     check_variables(variables, plan)
     stack, planned = places[table]
-    ids = jnp.asarray(ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"Table {table!r}: ids are {ids.dtype}; they must be integers.")
-    bad = (ids < 0) | (ids >= planned.vocabulary_size)
-    if not isinstance(bad, jax.core.Tracer) and bad.any():
+    rows = _valid_ids(ids, table, planned.vocabulary_size)
+    values = jax.tree.leaves(variables[stack.name])[0]
+    values = values[physical_rows(jnp.maximum(rows, 0), planned.rows, stack.shape[0], plan.num_sparsecores)]
+    return jnp.where((rows < 0)[..., None], jnp.nan, values[..., : planned.embedding_dim])
+
+
+def _valid_ids(ids: Any, table: str, vocabulary_size: int) -> jax.Array:
+    """Ids as int32; -1 for one outside the vocabulary inside jit, where none can be refused."""
+    array = ids if isinstance(ids, Tracer) else np.asarray(ids)
+    if array.size == 0:
+        return jnp.zeros(array.shape, jnp.int32)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"Table {table!r}: ids are {array.dtype}; they must be integers.")
+    limit = min(vocabulary_size - 1, jnp.iinfo(array.dtype).max)
+    bad = (array < 0) | (array > array.dtype.type(limit))
+    if not isinstance(ids, Tracer) and bad.any():
+        place = tuple(map(int, np.argwhere(bad)[0]))
         raise ValueError(
-            f"Table {table!r}: id {ids[bad].reshape(-1)[0]} is outside the vocabulary, 0 to {planned.vocabulary_size - 1}."
+            f"Table {table!r}: id {array[place]} at position {place} is outside the vocabulary, 0 to {vocabulary_size - 1}. Ask "
+            "for rows that exist."
         )
-    rows = physical_rows(ids, planned.rows, stack.shape[0], plan.num_sparsecores)
-    values = jax.tree.leaves(variables[stack.name])[0].at[rows, : planned.embedding_dim].get()
-    return jnp.where(bad[..., None], jnp.nan, values)
+    return jnp.where(bad, jnp.int32(-1), array.astype(jnp.int32))

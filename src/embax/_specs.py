@@ -1,10 +1,11 @@
 """What a user says about tables and features, and where stacking put them. No JAX operation runs here."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
 from embax._checks import positive_int
 from embax.optimizers import OptimizerSpec
@@ -34,13 +35,21 @@ class QuantizationConfig:
     num_buckets: int
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.min_value) and math.isfinite(self.max_value) and self.min_value < self.max_value):
-            raise ValueError(
-                f"QuantizationConfig: the range is [{self.min_value!r}, {self.max_value!r}]; min_value must be below "
-                "max_value, both finite."
-            )
         if positive_int("QuantizationConfig", "num_buckets", self.num_buckets) < 2:
             raise ValueError("QuantizationConfig: num_buckets is 1; it must be at least 2.")
+        number = all(isinstance(value, int | float) for value in (self.min_value, self.max_value))
+        # In float32, which rows are quantized in: neither the range nor the step between two values may vanish or overflow.
+        with np.errstate(over="ignore", under="ignore"):
+            step = (
+                np.float32(self.max_value - self.min_value) / np.float32(self.num_buckets - 1)
+                if number
+                else np.float32(0)
+            )
+        if not (np.isfinite(step) and step > 0):
+            raise ValueError(
+                f"QuantizationConfig: the range is [{self.min_value!r}, {self.max_value!r}]; min_value must be below "
+                "max_value, both finite, and float32 must hold their difference."
+            )
 
     def as_tuple(self) -> tuple[float, float, int]:
         """`(min_value, max_value, num_buckets)`."""
@@ -79,6 +88,15 @@ class TableSettingInStack:
     padded_embedding_dim: int
     row_offset_in_shard: int = 0
     shard_rotation: int = 0
+
+
+def _refuse_after_placement(spec: Any, placed: bool, field: str, value: Any) -> None:
+    """Raises an AttributeError if a field of a placed spec is changed: what was derived from it would not follow."""
+    if placed and not field.startswith("_") and field in spec.__dict__ and spec.__dict__[field] != value:
+        raise AttributeError(
+            f"{type(spec).__name__} {spec.name!r}: {field} cannot be set to {value!r}, since the spec has been placed for "
+            "training. Set it before, or make a new spec."
+        )
 
 
 @jax.tree_util.register_static
@@ -171,11 +189,19 @@ class TableSpec:
         _check_combiner(owner, self.combiner)
         if not isinstance(self.optimizer, OptimizerSpec):
             raise ValueError(f"{owner}: optimizer is {self.optimizer!r}; it must be one of embax's optimizer specs.")
+        if not isinstance(self.quantization_config, QuantizationConfig | None):
+            raise ValueError(
+                f"{owner}: quantization_config is {self.quantization_config!r}; it must be a QuantizationConfig."
+            )
         if not callable(self.initializer):
             raise ValueError(
                 f"{owner}: initializer is {self.initializer!r}; it must be a function (key, shape, dtype) -> array, such "
                 "as jax.nn.initializers.truncated_normal(0.02)."
             )
+
+    def __setattr__(self, field: str, value: Any) -> None:
+        _refuse_after_placement(self, self.__dict__.get("_stacked_table_spec") is not None, field, value)
+        super().__setattr__(field, value)
 
     @property
     def setting_in_stack(self) -> TableSettingInStack:
@@ -230,8 +256,11 @@ class FeatureSpec:
         owner = f"Feature {self.name!r}"
         if not isinstance(self.table_spec, TableSpec):
             raise ValueError(f"{owner}: table_spec is {self.table_spec!r}; it must be a TableSpec.")
-        self.input_shape = tuple(positive_int(owner, "a size of input_shape", size) for size in self.input_shape)
-        self.output_shape = tuple(positive_int(owner, "a size of output_shape", size) for size in self.output_shape)
+        for field in ("input_shape", "output_shape"):
+            shape = getattr(self, field)
+            if not isinstance(shape, Sequence) or isinstance(shape, str):
+                raise ValueError(f"{owner}: {field} is {shape!r}; it must be a sequence of sizes, such as (batch, 8).")
+            setattr(self, field, tuple(positive_int(owner, f"a size of {field}", size) for size in shape))
         if not self.input_shape:
             raise ValueError(f"{owner}: input_shape is (); it must be (batch, valency), or (batch,) for ragged ids.")
         if len(self.output_shape) < 2:
@@ -241,6 +270,10 @@ class FeatureSpec:
                 f"{owner}: output_shape is {self.output_shape}, wider than the {self.table_spec.embedding_dim} columns of "
                 f"table {self.table_spec.name!r}; its last size must be at most that."
             )
+
+    def __setattr__(self, field: str, value: Any) -> None:
+        _refuse_after_placement(self, self.__dict__.get("_id_transformation") is not None, field, value)
+        super().__setattr__(field, value)
 
     @property
     def id_transformation(self) -> FeatureIdTransformation:

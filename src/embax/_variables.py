@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from embax._ops import native
 from embax._stacking.layout import physical_rows
-from embax._stacking.plan import Plan, RowPlacement, StackPlan, make_plan, table_specs
+from embax._stacking.plan import Plan, RowPlacement, StackPlan, TablePlan, make_plan, table_specs
 from embax.optimizers._base import Initializer
 
-CHUNK_ROWS = 1 << 16
-"""Rows that are drawn at a time. The values depend on it: changing it changes what a key draws."""
+CHUNK_ELEMENTS = 1 << 20
+"""Elements of a table that are drawn at a time. The values depend on it: changing it changes what a key draws."""
 
 
 class EmbeddingVariables(NamedTuple):
@@ -80,27 +80,30 @@ def _fill(row: jax.Array, num_rows: int) -> jax.Array:
     return jax.lax.platform_dependent(row, cpu=native_fill, default=portable_fill)
 
 
-@functools.partial(jax.jit, static_argnames=("initializer", "dim", "num_sparsecores"), donate_argnames="stacked")
+@functools.partial(
+    jax.jit, static_argnames=("initializer", "chunk_rows", "dim", "num_sparsecores"), donate_argnames="stacked"
+)
 def _draw_by_chunks(
     stacked: jax.Array,
     key: jax.Array,
     placement: RowPlacement,
     *,
     initializer: _ByValue,
+    chunk_rows: int,
     dim: int,
     num_sparsecores: int,
 ) -> jax.Array:
-    """Draws a table into its place; chunk `c` holds rows from `c * CHUNK_ROWS` on and has a key of its own."""
+    """Draws a table into its place; chunk `c` holds rows from `c * chunk_rows` on and has a key of its own."""
     num_rows = stacked.shape[0]
 
     def draw(chunk, stacked):
-        values = initializer.function(jax.random.fold_in(key, chunk), (CHUNK_ROWS, dim), jnp.float32)
-        ids = chunk * CHUNK_ROWS + jnp.arange(CHUNK_ROWS, dtype=jnp.int32)
+        values = initializer.function(jax.random.fold_in(key, chunk), (chunk_rows, dim), jnp.float32)
+        ids = chunk * chunk_rows + jnp.arange(chunk_rows, dtype=jnp.int32)
         rows = physical_rows(ids, placement, num_rows, num_sparsecores)
         rows = jnp.where(ids < placement.vocabulary_size, rows, num_rows)
         return stacked.at[rows, :dim].set(values, mode="drop", unique_indices=True)
 
-    chunks = (placement.vocabulary_size + CHUNK_ROWS - 1) // CHUNK_ROWS
+    chunks = (placement.vocabulary_size - 1) // chunk_rows + 1  # Not rounded up by addition: int32 may end there.
     return jax.lax.fori_loop(0, chunks, draw, stacked)
 
 
@@ -109,6 +112,12 @@ def _place(stacked: jax.Array, values: jax.Array, placement: RowPlacement, *, nu
     ids = jnp.arange(values.shape[0], dtype=jnp.int32)
     rows = physical_rows(ids, placement, stacked.shape[0], num_sparsecores)
     return stacked.at[rows, : values.shape[1]].set(values, unique_indices=True)
+
+
+def _chunk_rows(table: TablePlan) -> int:
+    """Rows of a chunk, a power of two: about `CHUNK_ELEMENTS` elements, and not many more than the table has."""
+    by_memory = max(CHUNK_ELEMENTS // table.embedding_dim, 1)
+    return 1 << min(by_memory.bit_length() - 1, (table.vocabulary_size - 1).bit_length())
 
 
 def _initialize(key: jax.Array, plan: Plan, stack: StackPlan, initializers: dict[str, Initializer]) -> jax.Array:
@@ -128,6 +137,7 @@ def _initialize(key: jax.Array, plan: Plan, stack: StackPlan, initializers: dict
                 table_key,
                 table.rows,
                 initializer=_ByValue.of(initializer),
+                chunk_rows=_chunk_rows(table),
                 dim=table.embedding_dim,
                 num_sparsecores=plan.num_sparsecores,
             )
@@ -148,7 +158,8 @@ def init_embedding_variables(rng: jax.Array, specs: Any) -> dict[str, EmbeddingV
 
     The values of a table depend on the key and the table's name and sizes alone, not on the number of devices or
     SparseCores or on what it is stacked with. Initializers of `jax.nn.initializers` that draw each element independently
-    (uniform, normal, truncated_normal) and constants need no memory beside the result.
+    (uniform, normal, truncated_normal) and constants need no more than some 10 MB
+    beside the result.
 
     Args:
         rng: a PRNG key.

@@ -40,5 +40,5 @@ def use_backend(backend: str) -> Iterator[None]:
 def chosen_backend() -> str:
     """The backend of the innermost `use_backend`, else of the environment variable `EMBAX_BACKEND`, else "native"."""
     return _choice.value or _checked(
-        os.environ.get("EMBAX_BACKEND", "native"), "The environment variable EMBAX_BACKEND"
+        os.environ.get("EMBAX_BACKEND") or "native", "The environment variable EMBAX_BACKEND"
     )

@@ -2,9 +2,17 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
-from embax._preprocess.buffers import PackedLayout, row_pointers_per_sparsecore
+from embax._checks import INT32_MAX
+from embax._preprocess.buffers import (
+    PARTITION_ALIGNMENT,
+    PackedLayout,
+    PreprocessedInput,
+    make_layout,
+    row_pointers_per_sparsecore,
+)
 from embax._stacking.plan import Plan
 
 
@@ -42,21 +50,76 @@ class Geometry:
         return np.array(list(fields), np.int64).reshape(-1)
 
 
-def make_geometry(plan: Plan, layout: PackedLayout) -> Geometry:
+def _check_arrays(packed: PreprocessedInput) -> None:
+    """Raises a ValueError unless the arrays of a packed batch have the shapes and dtypes that its layout says."""
+    layout = packed.layout
+    entries = layout.num_local_devices * layout.entries_per_device
+    for name, size, dtype in (
+        ("row_pointers", layout.num_local_devices * layout.row_pointers_per_device, jnp.int32),
+        ("embedding_ids", entries, jnp.int32),
+        ("sample_ids", entries, jnp.int32),
+        ("gains", entries, jnp.float32),
+    ):
+        array = getattr(packed, name)
+        shape, given = getattr(array, "shape", None), getattr(array, "dtype", None)
+        if shape != (size,) or given != dtype:
+            raise ValueError(
+                f"The packed batch has {name} of shape {shape} and dtype {given}; its layout says ({size},) and "
+                f"{jnp.dtype(dtype).name}. Pass on what embax.preprocess returned as it is."
+            )
+
+
+def _check_layout(layout: PackedLayout, plan: Plan) -> None:
+    """Raises a ValueError unless a batch of this layout was packed for `plan`."""
+    topology = (plan.num_devices, plan.num_sparsecores_per_device)
+    packed_topology = (layout.num_devices, layout.num_sparsecores_per_device)
+    if topology != packed_topology:
+        raise ValueError(
+            f"The batch was packed for (devices, SparseCores a device) {packed_topology}, the specs were placed for "
+            f"{topology}; pack it with these specs."
+        )
+    names, packed_names = [s.name for s in plan.stacks], [s.name for s in layout.stacks]
+    if names != packed_names:
+        raise ValueError(
+            f"The batch was packed for the stacks {packed_names}, the specs have {names}; pack it with these specs."
+        )
+    for stack, packed in zip(plan.stacks, layout.stacks, strict=True):
+        for what, wanted, given in (
+            ("features", stack.features, packed.features),
+            ("combiner", stack.spec.combiner, packed.combiner),
+            ("rows", stack.spec.stack_vocab_size, packed.num_rows),
+        ):
+            if wanted != given:
+                raise ValueError(
+                    f"Stack {stack.name!r}: the batch was packed for other specs. Their {what}: {given}; those of these specs: "
+                    f"{wanted}. Pack it with these specs."
+                )
+    # What is left to differ is a layout that was changed by hand.
+    batch_sizes = {f.leaf: size for s in layout.stacks for f, size in zip(s.features, s.batch_sizes, strict=False)}
+    capacities = tuple(stack.capacity for stack in layout.stacks)
+    share = PARTITION_ALIGNMENT * plan.num_sparsecores_per_device
+    sound = len(batch_sizes) == plan.num_features and all(0 <= size <= INT32_MAX for size in batch_sizes.values())
+    sound = sound and all(0 <= capacity <= INT32_MAX and capacity % share == 0 for capacity in capacities)
+    if sound:
+        sizes = tuple(batch_sizes[leaf] for leaf in range(plan.num_features))
+        sound = make_layout(plan, sizes, capacities, layout.num_local_devices) == layout
+    if not sound:
+        raise ValueError(
+            "The layout of the packed batch contradicts itself; pass on what embax.preprocess returned as it is."
+        )
+
+
+def make_geometry(plan: Plan, packed: PreprocessedInput) -> Geometry:
     """The geometry of a batch that was packed for `plan`.
 
     Raises:
-        ValueError: the batch was packed for other stacks or another topology.
+        ValueError: it was packed for other specs, or its arrays are not those that were packed.
     """
-    expected = [(stack.name, len(stack.features)) for stack in plan.stacks]
-    packed = [(stack.name, len(stack.batch_sizes)) for stack in layout.stacks]
-    topology = (plan.num_devices, plan.num_sparsecores_per_device)
-    packed_topology = (layout.num_devices, layout.num_sparsecores_per_device)
-    if expected != packed or topology != packed_topology:
-        raise ValueError(
-            f"The batch was packed for (stack, features) {packed} on (devices, SparseCores a device) {packed_topology}, "
-            f"the specs describe {expected} on {topology}; pack it with these specs."
-        )
+    if not isinstance(packed, PreprocessedInput):
+        raise ValueError(f"The batch is a {type(packed).__name__}; it must be what embax.preprocess returned.")
+    layout = packed.layout
+    _check_layout(layout, plan)
+    _check_arrays(packed)
     if plan.num_devices != 1:
         raise ValueError(
             f"The specs were placed for {plan.num_devices} devices; lookups and updates run on one device. Place them "

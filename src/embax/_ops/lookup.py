@@ -12,6 +12,7 @@ from jax.interpreters import mlir
 from embax._ops import native
 from embax._ops.backend import chosen_backend
 from embax._ops.geometry import Geometry, StackGeometry
+from embax._ops.refusals import refuse_transformations
 from embax._ops.segments import entries_of, physical_rows, sum_runs
 from embax._preprocess.buffers import PreprocessedInput
 
@@ -51,6 +52,8 @@ def _quantize(rows: jax.Array, quantization: tuple[float, float, int] | None) ->
 
 def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGeometry) -> jax.Array:
     num_samples = geometry.num_samples(stack)
+    if stack.capacity == 0 or num_samples == 0:
+        return jnp.zeros((num_samples, table.shape[1]), table.dtype)
     partition, ids, sample, gain = entries_of(*arrays, geometry=geometry, stack=stack)
     order = jnp.argsort(sample, stable=True)
     sample = sample[order]
@@ -90,6 +93,12 @@ def _shapes(row_pointers, ids, samples, gains, *tables, geometry: Geometry, back
         for table, stack in zip(tables, geometry.stacks, strict=True)
     ]
 
+
+refuse_transformations(
+    lookup_p,
+    derivative="Differentiate with respect to the activations and pass the gradients to embax.apply_gradients, or use a layer.",
+    batching="Make one larger batch instead, or several features.",
+)
 
 _lower_portable = mlir.lower_fun(_portable, multiple_results=True)
 

@@ -1,21 +1,34 @@
 """The native lowering: the C++ kernels as XLA FFI calls."""
 
 import functools
+import os
 
 import jax
 import numpy as np
 
 from embax import _native
 from embax._ops.geometry import Geometry
-from embax._stacking.plan import OptimizerSpec
+from embax.optimizers import OptimizerSpec
 
 ROW_RULES: dict[str, tuple[int, int, int]] = _native.row_rules()
 """Number of the rule, of its slots and of its hyperparameters, by `OptimizerSpec.native_rule`."""
 
 
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+
 @functools.cache
 def register() -> None:
-    """Registers the kernels with XLA, once."""
+    """Registers the kernels with XLA, once.
+
+    Raises:
+        ValueError: the environment variable EMBAX_SIMD is no instruction set.
+    """
+    simd = os.environ.get("EMBAX_SIMD") or INSTRUCTION_SETS[0]
+    if simd not in INSTRUCTION_SETS:
+        raise ValueError(
+            f"The environment variable EMBAX_SIMD is {simd!r}; it must be one of {', '.join(map(repr, INSTRUCTION_SETS))}."
+        )
     for name, capsule in _native.ffi_handlers().items():
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
 

@@ -13,6 +13,7 @@ from embax._checks import INT32_MAX
 from embax._ops import native
 from embax._ops.backend import chosen_backend
 from embax._ops.geometry import Geometry, StackGeometry
+from embax._ops.refusals import refuse_transformations
 from embax._ops.segments import entries_of, physical_rows, sum_runs
 from embax._preprocess.buffers import PreprocessedInput
 from embax.optimizers import OptimizerSpec
@@ -73,7 +74,7 @@ def _grouped(flat: Sequence, sizes: Sequence[int]) -> list[tuple]:
 
 def _opaque_zero(after: jax.Array) -> jax.Array:
     """An int32 0 that XLA takes for a function of `after`, whatever that holds, NaN included."""
-    bits = jax.lax.bitcast_convert_type(after.reshape(-1)[0], jnp.int32)
+    bits = jax.lax.bitcast_convert_type(after.reshape(-1)[0].astype(jnp.float32), jnp.int32)
     return jax.lax.population_count(bits) >> 6
 
 
@@ -138,9 +139,8 @@ def _portable(
     scalars = _grouped(list(hyperparameters), num_hyperparameters)
     results = []
     for k, (state, stack) in enumerate(zip(_grouped(states, sizes), geometry.stacks, strict=True)):
-        results += _portable_stack(
-            arrays, gradients[k], state, scalars[k], after[k] if after else None, geometry, stack, optimizers[k]
-        )
+        order = after[k] if after and after[k].size else None
+        results += _portable_stack(arrays, gradients[k], state, scalars[k], order, geometry, stack, optimizers[k])
     return results
 
 
@@ -161,6 +161,12 @@ def _shapes(*operands, optimizers: tuple[OptimizerSpec, ...], **params):
     num_states = sum(1 + optimizer.slot_variables_count() for optimizer in optimizers)
     return [jax.core.ShapedArray(state.shape, state.dtype) for state in operands[first : first + num_states]]
 
+
+refuse_transformations(
+    update_p,
+    derivative="The update of tables is the end of a backward pass and has no derivative of its own.",
+    batching="Make one larger batch instead.",
+)
 
 _lower_portable = mlir.lower_fun(_portable, multiple_results=True)
 

@@ -1,6 +1,7 @@
 """Where everything lies in a packed batch: the static layout, and the container of the arrays."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from embax._checks import next_multiple
 from embax._preprocess.stats import PackStats
-from embax._stacking.plan import Plan, StackPlan
+from embax._stacking.plan import FeaturePlan, Plan, StackPlan
 
 PADDING_VALUE = 2**31 - 1
 """Id and sample of an entry that only fills up a partition; its gain is NaN."""
@@ -45,6 +46,9 @@ class StackLayout:
 
     Args:
         name: name of the stack.
+        num_rows: rows of the stack, all devices together.
+        combiner: combiner that the gains were made by.
+        features: its features and their placement, in the order of the plan.
         row_pointers_start: its first row pointer; it has `S * max(N, 8)` of them.
         entries_start: its first entry (id, sample, gain).
         capacity: its entries, a multiple of `8 * S`; each of the `S` SparseCores owns an equal part.
@@ -52,6 +56,9 @@ class StackLayout:
     """
 
     name: str
+    num_rows: int
+    combiner: str
+    features: tuple[FeaturePlan, ...]
     row_pointers_start: int
     entries_start: int
     capacity: int
@@ -70,6 +77,14 @@ class PackedLayout:
     num_local_devices: int
     num_devices: int
     num_sparsecores_per_device: int
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        # jit hashes the layout at every call.
+        return hash((self.stacks, self.num_local_devices, self.num_devices, self.num_sparsecores_per_device))
 
     @property
     def num_sparsecores(self) -> int:
@@ -105,6 +120,9 @@ def make_layout(
         stacks.append(
             StackLayout(
                 name=stack.name,
+                num_rows=stack.spec.stack_vocab_size,
+                combiner=stack.spec.combiner,
+                features=stack.features,
                 row_pointers_start=number * per_stack,
                 entries_start=entries_start,
                 capacity=capacity,

@@ -118,7 +118,7 @@ def _host(owner: str, leaf: Any, what: str) -> Any:
     if isinstance(leaf, Tracer):
         raise ValueError(
             f"{owner}: its {what} are traced by JAX. Packing runs on the host: call it outside jit, and pass its "
-            "result into the jitted function. (Inside jit, give raw ids to the layer or to embax.lookup.)"
+            "result into the jitted function."
         )
     if not leaf.is_fully_addressable:
         raise ValueError(

@@ -82,11 +82,12 @@ class FixedCapacities:
 
 
 def _remedy(stack: StackPlan, field: str, value: int) -> str:
-    tables = ", ".join(repr(table.name) for table in stack.tables)
-    return (
-        f"Set {field} to at least {value} in the spec of {tables} before it is placed, or let buffers grow with "
-        'limits="grow".'
-    )
+    grow = 'let buffers grow with limits="grow".'
+    if len(stack.tables) == 1:
+        return f"Set {field} to at least {value} in the spec of {stack.tables[0].name!r} before it is placed, or {grow}"
+    if field == "suggested_coo_buffer_size_per_device":
+        return f"Raise the max_ids_per_partition of the stack, from which its buffer follows, or {grow}"
+    return f"Pass stack_to_{field}= to the stacking function, for at least {value}, or {grow}"
 
 
 class GrowingCapacities:

@@ -21,7 +21,7 @@ def physical_rows(ids: Any, placement: RowPlacement, num_rows: int, num_sparseco
         num_rows: rows of the stack.
         num_sparsecores: SparseCores that it is laid out for.
     """
-    sparsecore = (ids + placement.rotation) % num_sparsecores
+    sparsecore = (ids % num_sparsecores + placement.rotation) % num_sparsecores
     return sparsecore * (num_rows // num_sparsecores) + placement.row_offset_in_shard + ids // num_sparsecores
 
 

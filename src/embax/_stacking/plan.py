@@ -119,9 +119,11 @@ def table_specs(specs: Any) -> dict[str, TableSpec]:
         table = feature.table_spec
         known = tables.setdefault(table.name, table)
         if known is not table and known != table:
+            fields = [f.name for f in dataclasses.fields(table) if getattr(table, f.name) != getattr(known, f.name)]
             raise ValueError(
-                f"Two different tables are named {table.name!r} (one of them used by feature {feature.name!r}); table "
-                "names must differ, and features that share a table must be given equal TableSpecs."
+                f"Two different tables are named {table.name!r} (one of them used by feature {feature.name!r}): they differ in "
+                f"{', '.join(fields)}. Table names must differ, and features that share a table must share its TableSpec (or "
+                "have equal ones: an initializer, such as jax.nn.initializers.normal(), is equal only to itself)."
             )
     return tables
 
@@ -154,9 +156,17 @@ def make_plan(specs: Any) -> Plan:
             "features of a model in one call."
         )
     features: dict[str, list[FeaturePlan]] = {name: [] for name in stacks}
+    ((num_devices, sparsecores_per_device),) = topologies
+    num_sparsecores = num_devices * sparsecores_per_device
     for number, leaf in enumerate(leaves):
         table, stack = tables[leaf.table_spec.name]
         place = leaf.id_transformation
+        expected = (table.rows.row_offset_in_shard * num_sparsecores, table.rows.rotation)
+        if leaf._id_transformation is None or (place.col_offset, place.col_shift) != expected:
+            raise ValueError(
+                f"Feature {leaf.name!r} has not been placed with its table {table.name!r}; call "
+                "embax.prepare_feature_specs_for_training on a tree that holds all features of the table."
+            )
         features[stack.stack_name].append(
             FeaturePlan(
                 name=leaf.name,
@@ -169,7 +179,6 @@ def make_plan(specs: Any) -> Plan:
                 valency=leaf.input_shape[1] if len(leaf.input_shape) > 1 else None,
             )
         )
-    ((num_devices, num_sparsecores),) = topologies
     return Plan(
         stacks=tuple(
             StackPlan(
@@ -180,7 +189,7 @@ def make_plan(specs: Any) -> Plan:
             for name, stack in stacks.items()
         ),
         num_devices=num_devices,
-        num_sparsecores_per_device=num_sparsecores,
+        num_sparsecores_per_device=sparsecores_per_device,
         num_features=len(leaves),
     )
 

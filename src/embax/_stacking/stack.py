@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from embax._checks import INT32_MAX, next_multiple, positive_int
+from embax._checks import INT32_MAX, INT64_MAX, next_multiple, positive_int
 from embax._specs import (
     DEFAULT_ACTIVATION_MEM_BYTES_LIMIT,
     FeatureIdTransformation,
@@ -141,6 +141,26 @@ def _features_of(leaves: Iterable[FeatureSpec], tables: Iterable[TableSpec]) -> 
     return [leaf for leaf in leaves if leaf.table_spec.name in names]
 
 
+def _check_placed(
+    table: TableSpec, features: Iterable[FeatureSpec], global_device_count: int | None, num_sc_per_device: int | None
+) -> None:
+    """Raises a ValueError unless a stacked table was placed for the topology asked for, and its features with it."""
+    stack = table.stacked_table_spec
+    placed = (stack.num_devices, stack.num_sparsecores_per_device)
+    asked = (global_device_count or placed[0], num_sc_per_device or placed[1])
+    if asked != placed:
+        raise ValueError(
+            f"Table {table.name!r} was placed for (devices, SparseCores a device) {placed} and is now asked for on {asked}; "
+            "make new specs for another topology."
+        )
+    for feature in features:
+        if feature._id_transformation is None:
+            raise ValueError(
+                f"Feature {feature.name!r} has not been placed, but its table {table.name!r} is in stack "
+                f"{stack.stack_name!r} already; place all features of a table in one call, or give this one a new TableSpec."
+            )
+
+
 def prepare_feature_specs_for_training(
     feature_specs: Any, global_device_count: int | None = None, num_sc_per_device: int | None = None
 ) -> Any:
@@ -159,9 +179,17 @@ def prepare_feature_specs_for_training(
     """
     topology = _Topology.checked("prepare_feature_specs_for_training", global_device_count, num_sc_per_device)
     leaves = feature_leaves(feature_specs)
-    for name, table in table_specs(feature_specs).items():
+    tables = table_specs(feature_specs)
+    taken = {table.stacked_table_spec.stack_name: table for table in tables.values() if table.is_stacked()}
+    for name, table in tables.items():
         if table.is_stacked():
+            _check_placed(table, _features_of(leaves, [table]), global_device_count, num_sc_per_device)
             continue
+        if name in taken:
+            raise ValueError(
+                f"Table {name!r} needs a stack of its name, which the stack of table {taken[name].name!r} has already; rename "
+                "the table, or give stack_tables another stack_name."
+            )
         if table.setting_in_stack.stack_name != name:
             raise ValueError(
                 f"Table {name!r} is set to be in stack {table.setting_in_stack.stack_name!r}, but the stack itself is missing; "
@@ -258,6 +286,8 @@ def stack_tables(
         raise ValueError(f"stack_tables: there are no tables {missing}; name some of {list(known)}.")
     tables = [known[name] for name in table_names]
     name = "_".join(table_names) if stack_name is None else stack_name
+    if rotation is not None and (not isinstance(rotation, int) or rotation < -INT32_MAX or rotation > INT32_MAX):
+        raise ValueError(f"Stack {name!r}: rotation is {rotation!r}; it must be a number of SparseCores, an int.")
     _check_stackable(name, tables, fail_on_excess_padding=fail_on_excess_padding)
     for other in known.values():
         if other.is_stacked() and other.stacked_table_spec.stack_name == name:
@@ -278,7 +308,9 @@ def stack_tables(
         rotation=topology.sparsecores_per_device if rotation is None else rotation,
         max_ids_per_partition=positive_int(f"Stack {name!r}", "max_ids_per_partition", limits[0]),
         max_unique_ids_per_partition=positive_int(f"Stack {name!r}", "max_unique_ids_per_partition", limits[1]),
-        activation_mem_bytes_limit=activation_mem_bytes_limit,
+        activation_mem_bytes_limit=positive_int(
+            f"Stack {name!r}", "activation_mem_bytes_limit", activation_mem_bytes_limit, maximum=INT64_MAX
+        ),
     )
     return features
 
@@ -337,12 +369,20 @@ def auto_stack_tables(
         ValueError: names are not unique, or a stack has more rows than int32 can count.
     """
     topology = _Topology.checked("auto_stack_tables", global_device_count, num_sc_per_device)
-    limit = DEFAULT_ACTIVATION_MEM_BYTES_LIMIT if activation_mem_bytes_limit is None else activation_mem_bytes_limit
+    limit = positive_int(
+        "auto_stack_tables",
+        "activation_mem_bytes_limit",
+        DEFAULT_ACTIVATION_MEM_BYTES_LIMIT if activation_mem_bytes_limit is None else activation_mem_bytes_limit,
+        maximum=INT64_MAX,
+    )
     leaves = feature_leaves(features)
     groups: dict[Any, list[str]] = {}
     activation_bytes: dict[str, int] = {}
+    taken: set[str] = set()
     for name, table in table_specs(features).items():
         if table.is_stacked():
+            _check_placed(table, _features_of(leaves, [table]), global_device_count, num_sc_per_device)
+            taken.add(table.stacked_table_spec.stack_name)
             continue
         samples = sum(sample_count(feature) // topology.num_sparsecores for feature in _features_of(leaves, [table]))
         activation_bytes[name] = _padded_dim(table) * 4 * samples
@@ -351,6 +391,10 @@ def auto_stack_tables(
     for group in groups.values():
         for names in split_by_activation_memory(group, activation_bytes, limit):
             name = "_".join(names)
+            name = short_stack_name(name) if use_short_stack_names else name
+            while name in taken:
+                name += "_"
+            taken.add(name)
             stack_tables(
                 features,
                 names,
@@ -359,7 +403,7 @@ def auto_stack_tables(
                 rotation,
                 stack_to_max_ids_per_partition,
                 stack_to_max_unique_ids_per_partition,
-                short_stack_name(name) if use_short_stack_names else name,
+                name,
                 activation_mem_bytes_limit=limit,
             )
     return features
@@ -370,8 +414,6 @@ def copy_feature_specs(feature_specs: Any) -> Any:
     tables = {name: copy.copy(table) for name, table in table_specs(feature_specs).items()}
 
     def copy_feature(feature: FeatureSpec) -> FeatureSpec:
-        duplicate = copy.copy(feature)
-        duplicate.table_spec = tables[feature.table_spec.name]
-        return duplicate
+        return dataclasses.replace(feature, table_spec=tables[feature.table_spec.name])
 
     return jax.tree.map(copy_feature, feature_specs, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec))

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
+from jax.core import Tracer
 
 try:
     import optax
@@ -40,7 +40,8 @@ class SparseCoreEmbed(nnx.Module):
 
     Use it like any layer, under `nnx.jit` with the model donated, `nnx.value_and_grad` and `PartitionedOptimizer`. The
     backward pass applies each table's own optimizer to the rows that the batch touched and returns the new tables in the
-    place of their gradient, so a step must call the layer once.
+    place of their gradient, so a step must call the layer once, and any other optimizer than `PartitionedOptimizer` would
+    take the new tables for gradients. Leave the tables out of what is done to gradients in between, such as clipping.
 
     Args:
         feature_specs: pytree of `FeatureSpec`. Specs that are not placed yet are placed in a copy.
@@ -73,7 +74,7 @@ class SparseCoreEmbed(nnx.Module):
         self._features = nnx.static(_Features(specs))
         self._packer = nnx.static(Packer(specs, limits=limits))
         self.embedding_table = EmbeddingVariablesParam(init_embedding_variables(rngs.params(), specs))
-        # Its "gradient" is the number of differentiated lookups that the gradient of the tables is the sum of.
+        # Its "gradient" counts the differentiated lookups that the "gradient" of the tables is the sum of.
         self.lookups = EmbeddingVariablesParam(jnp.zeros((), jnp.float32))
 
     @property
@@ -101,8 +102,10 @@ class SparseCoreEmbed(nnx.Module):
             The packed batch, to be passed into the step.
 
         Raises:
-            ValueError: an id or a weight is not valid, or under `limits="raise"` a limit is exceeded.
+            ValueError: an id or a weight is not valid, or under `limits="raise"` a limit is exceeded; or the last step looked
+                the tables up more than once.
         """
+        _refuse_several(self.lookups.get_value())
         return self._packer(ids, weights)
 
     def __call__(self, packed: PreprocessedInput, step: int | jax.Array | None = None) -> Any:
@@ -133,21 +136,29 @@ class SparseCoreEmbed(nnx.Module):
         return read_rows(self.embedding_table.get_value(), table, ids, specs=self._features.specs)
 
 
-def _new_variables(
-    before: Mapping[str, EmbeddingVariables], after: Mapping[str, EmbeddingVariables], lookups: jax.Array
-):
-    """The variables after a step whose differentiated lookups were `lookups` in number.
+def _refuse_several(lookups: Any) -> None:
+    """Raises a ValueError if the number of lookups is known, and above 1."""
+    if isinstance(lookups, Tracer) or lookups.is_deleted() or not lookups.is_ready() or lookups <= 1:
+        return
+    raise ValueError(
+        f"The tables were looked up {int(lookups)} times in one differentiated step. The backward pass of a lookup updates the "
+        "tables, and several updates of one table cannot be added: the tables were left as they are. Look all batches up in "
+        "one call, as features that share the table or as one larger batch."
+    )
 
-    XLA folds the number, a constant of the compiled step, and with it the choice: one lookup costs nothing.
+
+def _take_over(layer: "SparseCoreEmbed", new: Mapping[str, EmbeddingVariables], lookups: jax.Array) -> None:
+    """Gives a layer the tables that its backward pass returned, if there was exactly one differentiated lookup.
+
+    Without one the gradients are zeros, and of several they are a sum that means nothing: the layer keeps its tables, and
+    raises at the next `preprocess`. XLA folds the number, a constant of the compiled step, and the choice with it; where it
+    cannot, under `lax.cond`, the tables are copied.
     """
-    if not isinstance(lookups, jax.core.Tracer) and lookups > 1:
-        raise ValueError(
-            f"The tables were looked up {int(lookups)} times in one differentiated step. The backward pass of a lookup "
-            "updates the tables, and several updates of one table cannot be added. Look all batches up in one call."
-        )
-    # Without a lookup the gradients are zeros: keep the tables. Of several the sum means nothing: show it as NaN.
-    choose = lambda old, new: jnp.where(lookups == 1, new, jnp.where(lookups == 0, old, jnp.nan))  # noqa: E731
-    return jax.tree.map(choose, before, after)
+    _refuse_several(lookups)
+    once = lookups == 1
+    old = layer.embedding_table.get_value()
+    layer.embedding_table.set_value(jax.tree.map(lambda before, after: jnp.where(once, after, before), old, dict(new)))
+    layer.lookups.set_value(lookups)
 
 
 class PartitionedOptimizer(nnx.Optimizer):
@@ -185,6 +196,5 @@ class PartitionedOptimizer(nnx.Optimizer):
         for path, module in nnx.iter_graph(model):
             if isinstance(module, SparseCoreEmbed) and (*path, "embedding_table") in flat:
                 new = flat[(*path, "embedding_table")].get_value()
-                lookups = flat[(*path, "lookups")].get_value()
-                module.embedding_table.set_value(_new_variables(module.embedding_table.get_value(), new, lookups))
+                _take_over(module, new, flat[(*path, "lookups")].get_value())
         return super().update(model, dense, **kwargs)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from embax._checks import is_finite_number
 from embax._types import Array, Float
 
 LearningRate: TypeAlias = float | Callable[..., Any]
@@ -16,9 +17,12 @@ Initializer: TypeAlias = Callable[..., jax.Array]
 
 def _positional_arguments(function: Callable[..., Any]) -> int:
     """The number of arguments that `function` needs, `self` not counted."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
-    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+    needed = [p for p in parameters if p.kind not in variadic and p.default is inspect.Parameter.empty]
+    if any(p.kind is inspect.Parameter.KEYWORD_ONLY for p in needed):
+        raise ValueError("an argument can be given by keyword only")
+    return len(needed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +46,16 @@ class OptimizerSpec:
 
     def __post_init__(self) -> None:
         if callable(self.learning_rate):
-            arguments = _positional_arguments(self.learning_rate)
-            if arguments > 1:
+            try:
+                arguments: int | str = _positional_arguments(self.learning_rate)
+            except (ValueError, TypeError) as error:
+                arguments = f"unknown ({error})"
+            if arguments not in (0, 1):
                 raise ValueError(
                     f"{type(self).__name__}: the learning rate schedule {self.learning_rate!r} takes {arguments} "
                     "arguments; it must take none, or the step alone. Bind the others with functools.partial."
                 )
-        elif isinstance(self.learning_rate, bool) or not isinstance(self.learning_rate, int | float):
+        elif not is_finite_number(self.learning_rate):
             raise ValueError(
                 f"{type(self).__name__}: learning_rate is {self.learning_rate!r}; it must be a number, a function of no "
                 "argument, or a function of the step."
@@ -77,7 +84,13 @@ class OptimizerSpec:
                 )
             else:
                 rate = rate(step)
-        return jnp.asarray(rate, jnp.float32)
+        rate = jnp.asarray(rate, jnp.float32)
+        if rate.shape:
+            raise ValueError(
+                f"{type(self).__name__}: the learning rate {self.learning_rate!r} returned an array of shape {rate.shape}; it "
+                "must return a scalar."
+            )
+        return rate
 
     def get_hyperparameters(self, step: int | jax.Array | None = None) -> tuple[jax.Array, ...]:
         """The float32 scalars that the row rule takes at `step`, the learning rate first."""

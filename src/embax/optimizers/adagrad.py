@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from embax._checks import is_finite_number
 from embax._types import Array, Float
 from embax.optimizers._base import OptimizerSpec
 
@@ -38,10 +39,10 @@ class AdagradOptimizerSpec(OptimizerSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.initial_accumulator_value >= 0:
+        if not (is_finite_number(self.initial_accumulator_value) and self.initial_accumulator_value >= 0):
             raise ValueError(
-                f"AdagradOptimizerSpec: initial_accumulator_value is {self.initial_accumulator_value!r}; it must be at "
-                "least 0, since its square root is taken."
+                f"AdagradOptimizerSpec: initial_accumulator_value is {self.initial_accumulator_value!r}; it must be a "
+                "number of at least 0, since its square root is taken."
             )
 
     def slot_variables_initializers(self) -> AdagradSlotVariables:  # noqa: D102
