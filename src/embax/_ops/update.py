@@ -94,6 +94,8 @@ def _portable_stack(
             f"Stack {stack.name!r}: {num_rows} rows and a buffer of {stack.capacity} entries are more than int32 counts, "
             f"{INT32_MAX}, which the portable backend needs; split the table."
         )
+    if stack.capacity == 0 or geometry.num_samples(stack) == 0:
+        return state
     partition, ids, sample, gain = entries_of(*arrays, geometry=geometry, stack=stack)
     if after is not None:
         ids = ids + _opaque_zero(after)
