@@ -61,8 +61,7 @@ class Packer:
             placement, divided by the number of processes.
 
     Raises:
-        ValueError: the specs are not placed, `limits` is unknown, or buffers were to grow while there are other
-        processes
+        ValueError: the specs are not placed, `limits` is unknown, or buffers were to grow while there are other processes
             (which would have to grow alike, or else hang in different programs).
     """
 
@@ -191,22 +190,19 @@ def preprocess(
     sum is 0). Gains of equal ids of a sample are added.
 
     Args:
-        ids: a tree like `specs`. Each leaf holds the ids of a feature, for all devices of this process: an integer
-        array
+        ids: a tree like `specs`. Each leaf holds the ids of a feature, for all devices of this process: an integer array
             `[batch, valency]` (NumPy or JAX) in which -1 is padding and contributes nothing, or `[batch]` where the
             feature has one id a sample; `embax.Ragged(values, row_splits)`; or a list or object array of 1-d integer
             arrays, one a sample. The batch divides by the number of devices of this process. Features may have
             different batches, and these may differ from the ones in the specs.
         weights: a tree like `specs` of finite weights shaped like the ids, None for a feature whose weights are all 1;
-        or
-            None. They are used as float32.
+            or None. They are used as float32.
         specs: the placed feature tree (see `embax.prepare_feature_specs_for_training`).
         limits: what happens to a batch that exceeds the limits in the specs (`max_ids_per_partition`,
             `max_unique_ids_per_partition`, `suggested_coo_buffer_size_per_device`): "raise" an error, or "grow" the
             buffers as the batches need, which compiles the steps that use them again a logarithmic number of times.
         num_local_devices: devices that this process packs for; None means those of the placement, divided by the
-        number of
-            processes.
+            number of processes.
 
     Returns:
         The packed batch, in NumPy arrays that nothing else refers to, with its statistics.
