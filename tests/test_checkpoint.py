@@ -17,7 +17,6 @@ import pytest
 import embax
 from embax import checkpoint
 from embax._matmul import read_rows
-from embax._specs import StackedTableSpec, TableSettingInStack
 from embax._stacking.layout import take_table
 from embax._stacking.plan import make_plan
 from embax._variables import EmbeddingVariables
@@ -50,15 +49,10 @@ def place(*tables, num_sc=4):
 
 def place_together(*tables, num_sc):
     """All tables in one stack, rotated and one after another on each SparseCore."""
-    rows = [-(-t.vocabulary_size // (8 * num_sc)) * 8 for t in tables]
-    stack = StackedTableSpec("all", sum(rows) * num_sc, 16, tables[0].optimizer, "sum", 16 * len(tables))
-    stack = stack.replace(num_sparsecores_per_device=num_sc)
-    for number, t in enumerate(tables):
-        t._stacked_table_spec = stack
-        t._setting_in_stack = TableSettingInStack(
-            "all", rows[number] * num_sc, 16, sum(rows[:number]), (3 * number + 1) % num_sc
+    with pytest.warns(UserWarning, match="different padded dimensions"):
+        return embax.stack_tables(
+            features_of(*tables), [t.name for t in tables], 1, num_sc, rotation=3, stack_name="all"
         )
-    return features_of(*tables)
 
 
 def random_variables(specs, seed=0):
