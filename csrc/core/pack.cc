@@ -8,7 +8,11 @@
 #include <numeric>
 #include <utility>
 
+#include "core/faults.h"
+#include "core/gains.h"
+#include "core/keys.h"
 #include "core/parallel.h"
+#include "core/radix_sort.h"
 #include "core/thread_pool.h"
 
 namespace embax {
@@ -17,189 +21,15 @@ namespace {
 // Ids are turned into keys this many at a time, so that the keys stay in the first-level cache.
 constexpr int64_t kBlock = 2048;
 
-// Below this many entries an insertion sort beats the clearing and summing of histograms.
-constexpr int64_t kInsertionSort = 40;
-
-// 2^11 write positions still fit the first-level cache and its address translations.
-constexpr int kMaxDigitBits = 11;
-constexpr int kMaxPasses = 3;  // 3 * 11 bits hold any key, which is below 2^31.
-
 // A helper is worth waking for this many ids: about 50 microseconds of work, the time that waking a sleeping thread takes.
 constexpr int64_t kIdsPerHelper = 6000;
 
 // Memory above this is given back to the system rather than kept for the next batch.
 constexpr int64_t kMaxKeptBytes = int64_t{256} << 20;
 
-constexpr uint32_t kPaddingKey = UINT32_MAX;
-
-inline int64_t CeilDiv(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-
 inline int64_t RoundUp(int64_t value) {
   return (value + kPartitionAlignment - 1) & ~(kPartitionAlignment - 1);
 }
-
-inline uint32_t Key(uint64_t entry) { return static_cast<uint32_t>(entry >> 32); }
-inline uint32_t Payload(uint64_t entry) { return static_cast<uint32_t>(entry); }
-inline uint64_t Entry(uint32_t key, uint32_t payload) { return static_cast<uint64_t>(key) << 32 | payload; }
-
-inline bool IsFinite(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return (bits & 0x7f800000u) != 0x7f800000u;
-}
-
-// The combiner's divisor of a row of `count` ids of weight 1, as a sequential sum in float32 gives it.
-inline float UnitDivisor(Combiner combiner, int64_t count) {
-  const float sum = static_cast<float>(std::min<int64_t>(count, 1 << 24));
-  return combiner == Combiner::kSqrtn ? std::sqrt(sum) : sum;
-}
-
-// The combiner's divisor of a row: its weights are summed one after another in float32.
-inline float Divisor(Combiner combiner, const float* weights, int64_t count) {
-  float sum = 0;
-  if (combiner == Combiner::kMean) {
-    for (int64_t i = 0; i < count; ++i) sum += weights[i];
-    return sum;
-  }
-  for (int64_t i = 0; i < count; ++i) sum += weights[i] * weights[i];
-  return std::sqrt(sum);
-}
-
-// A row whose weights sum to 0 contributes nothing.
-inline float Gain(float weight, float divisor) { return divisor == 0 ? 0.0f : weight / divisor; }
-
-// From an id to its key, partition * rows of a SparseCore + id on the SparseCore.
-struct KeyMap {
-  int64_t vocabulary;
-  uint32_t num_sparsecores;
-  uint32_t shift;       // Added to the SparseCore, modulo their number.
-  uint32_t col_row;     // Added to the id on the SparseCore.
-  uint32_t col_remainder;
-  uint32_t rows;        // Of a SparseCore.
-  bool power_of_two;    // And col_remainder is 0.
-  int log2;
-  uint64_t reciprocal;  // ceil(2^64 / N): the high half of its product with a 32-bit number is the exact quotient.
-
-  KeyMap(const PackFeature& feature, int64_t rows_per_sparsecore, int64_t n)
-      : vocabulary(feature.vocabulary),
-        num_sparsecores(static_cast<uint32_t>(n)),
-        shift(static_cast<uint32_t>(((feature.col_shift % n) + n) % n)),
-        col_row(static_cast<uint32_t>(feature.col_offset / n)),
-        col_remainder(static_cast<uint32_t>(feature.col_offset % n)),
-        rows(static_cast<uint32_t>(rows_per_sparsecore)),
-        power_of_two((n & (n - 1)) == 0 && feature.col_offset % n == 0),
-        log2(0),
-        reciprocal(UINT64_MAX / static_cast<uint64_t>(n) + 1) {
-    while ((int64_t{1} << log2) < n) ++log2;
-  }
-};
-
-inline uint32_t HighProduct(uint64_t a, uint32_t b) {
-  const uint64_t low = (a & UINT32_MAX) * b, high = (a >> 32) * b;
-  return static_cast<uint32_t>((high + (low >> 32)) >> 32);
-}
-
-// What a block of ids holds.
-constexpr uint32_t kHasPadding = 1, kHasBad = 2;
-
-// Turns ids into keys; -1 becomes kPaddingKey. Branchless, so that compilers vectorize the common case.
-template <typename Id>
-uint32_t MakeKeys(const KeyMap& map, const Id* ids, int64_t count, uint32_t* keys) {
-  const Id vocabulary = static_cast<Id>(map.vocabulary);
-  uint32_t padding = 0, bad = 0;
-  if (map.power_of_two) {
-    const uint32_t mask = map.num_sparsecores - 1, shift = map.shift, rows = map.rows, col_row = map.col_row;
-    const int log2 = map.log2;
-    for (int64_t i = 0; i < count; ++i) {
-      const Id id = ids[i];
-      const uint32_t low = static_cast<uint32_t>(id);
-      const uint32_t is_padding = id == Id{-1} ? UINT32_MAX : 0;
-      keys[i] = (((low + shift) & mask) * rows + (low >> log2) + col_row) | is_padding;
-      padding |= is_padding;
-      bad |= (id < Id{-1} ? 1 : 0) | (id >= vocabulary ? 1 : 0);
-    }
-  } else {
-    const uint32_t n = map.num_sparsecores;
-    for (int64_t i = 0; i < count; ++i) {
-      const Id id = ids[i];
-      const uint32_t low = static_cast<uint32_t>(id);
-      const uint32_t is_padding = id == Id{-1} ? UINT32_MAX : 0;
-      uint32_t row = n == 1 ? low : HighProduct(map.reciprocal, low);
-      uint32_t partition = low - row * n + map.shift;
-      partition -= partition >= n ? n : 0;
-      partition += map.col_remainder;
-      row += partition >= n ? 1 : 0;
-      partition -= partition >= n ? n : 0;
-      keys[i] = (partition * map.rows + row + map.col_row) | is_padding;
-      padding |= is_padding;
-      bad |= (id < Id{-1} ? 1 : 0) | (id >= vocabulary ? 1 : 0);
-    }
-  }
-  return (padding ? kHasPadding : 0) | (bad ? kHasBad : 0);
-}
-
-// How the digits of keys are cut, and the histogram of each.
-struct Digits {
-  int passes = 0;
-  int bits = 1;
-  uint32_t* histograms = nullptr;  // [passes, 2^bits]
-
-  uint32_t size() const { return 1u << bits; }
-};
-
-// The cheapest way to sort `count` keys of `key_bits` bits: a pass costs a move of each entry and a sweep of a histogram.
-Digits ChooseDigits(int64_t count, int key_bits) {
-  Digits digits;
-  if (count <= kInsertionSort) return digits;
-  int64_t best = std::numeric_limits<int64_t>::max();
-  for (int passes = 1; passes <= kMaxPasses; ++passes) {
-    const int bits = std::max(1, static_cast<int>(CeilDiv(key_bits, passes)));
-    if (bits > kMaxDigitBits) continue;
-    const int64_t cost = passes * (count + (int64_t{1} << bits));
-    if (cost < best) {
-      best = cost;
-      digits.passes = passes;
-      digits.bits = bits;
-    }
-  }
-  return digits;
-}
-
-// Appends entries while it counts their digits.
-template <int kPasses>
-class Appender {
- public:
-  Appender(const Digits& digits, uint64_t* entries)
-      : entries_(entries), histograms_(digits.histograms), bits_(digits.bits), mask_(digits.size() - 1) {}
-
-  int64_t size() const { return size_; }
-
-  void Append(uint32_t key, uint32_t payload) {
-    entries_[size_++] = Entry(key, payload);
-    Count(key, 1);
-  }
-
-  // Appends nothing if the key is padding, without a branch.
-  void AppendUnlessPadding(uint32_t key, uint32_t payload) {
-    const uint32_t valid = key != kPaddingKey ? 1 : 0;
-    entries_[size_] = Entry(key, payload);
-    size_ += valid;
-    Count(key, valid);
-  }
-
- private:
-  void Count(uint32_t key, uint32_t number) {
-    if constexpr (kPasses > 0) histograms_[key & mask_] += number;
-    if constexpr (kPasses > 1) histograms_[(size_t{1} << bits_) + ((key >> bits_) & mask_)] += number;
-    if constexpr (kPasses > 2) histograms_[(size_t{2} << bits_) + ((key >> (2 * bits_)) & mask_)] += number;
-  }
-
-  uint64_t* const entries_;
-  uint32_t* const histograms_;
-  const int bits_;
-  const uint32_t mask_;
-  int64_t size_ = 0;
-};
 
 // Where the gain of an entry comes from while it is sorted.
 enum class Gains {
@@ -363,43 +193,6 @@ bool ReadStack(const PackRequest& request, const PackStack& stack, Gains gains, 
   return true;
 }
 
-// Stable. Binary insertion would not pay for so few.
-void InsertionSort(uint64_t* entries, int64_t count) {
-  for (int64_t i = 1; i < count; ++i) {
-    const uint64_t entry = entries[i];
-    int64_t j = i;
-    for (; j > 0 && entries[j - 1] > entry; --j) entries[j] = entries[j - 1];
-    entries[j] = entry;
-  }
-}
-
-// Sorts by key, least significant digit first; entries come in the order of their payloads and stay so. Returns the one of
-// the two buffers that holds the result.
-uint64_t* RadixSort(const Digits& digits, int64_t count, uint64_t* from, uint64_t* to) {
-  if (digits.passes == 0) {
-    InsertionSort(from, count);
-    return from;
-  }
-  const uint32_t mask = digits.size() - 1;
-  for (int pass = 0; pass < digits.passes && count > 0; ++pass) {
-    uint32_t* histogram = digits.histograms + pass * static_cast<size_t>(digits.size());
-    const int shift = 32 + pass * digits.bits;
-    if (histogram[(from[0] >> shift) & mask] == count) continue;
-    uint32_t sum = 0;
-    for (uint32_t digit = 0; digit <= mask; ++digit) {
-      const uint32_t number = histogram[digit];
-      histogram[digit] = sum;
-      sum += number;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const uint64_t entry = from[i];
-      to[histogram[(entry >> shift) & mask]++] = entry;
-    }
-    std::swap(from, to);
-  }
-  return from;
-}
-
 // The first entry from `begin` on whose key is at least `key`: doubling steps, then bisection, so that many partitions
 // cost little more than their entries.
 int64_t FirstAtLeast(const uint64_t* entries, int64_t begin, int64_t count, uint64_t key) {
@@ -451,72 +244,6 @@ int32_t CountUnique(const uint64_t* entries, int64_t count) {
   int32_t distinct = 1;
   for (int64_t i = 1; i < count; ++i) distinct += Key(entries[i]) != Key(entries[i - 1]) ? 1 : 0;
   return distinct;
-}
-
-template <typename Id>
-PackError FindFeatureFault(const PackFeature& feature, Combiner combiner) {
-  PackError error;
-  const auto report = [&](PackFault fault, int64_t sample, int64_t position, int64_t value, double number) {
-    error.fault = fault;
-    error.sample = sample;
-    error.position = position;
-    error.value = value;
-    error.number = number;
-    return error;
-  };
-  const Id* ids = static_cast<const Id*>(feature.ids);
-  const int64_t* splits = feature.row_splits;
-  if (splits != nullptr) {
-    if (splits[0] != 0) return report(PackFault::kFirstSplit, 0, 0, splits[0], 0);
-    for (int64_t sample = 0; sample < feature.batch; ++sample) {
-      if (splits[sample + 1] < splits[sample]) return report(PackFault::kSplit, sample, 0, splits[sample + 1], 0);
-    }
-    if (splits[feature.batch] != feature.num_ids) {
-      return report(PackFault::kLastSplit, feature.batch, 0, splits[feature.batch], 0);
-    }
-  }
-  std::vector<float> weights;
-  for (int64_t sample = 0; sample < feature.batch; ++sample) {
-    const int64_t begin = splits != nullptr ? splits[sample] : sample * feature.valency;
-    const int64_t end = splits != nullptr ? splits[sample + 1] : begin + feature.valency;
-    if (begin < 0 || end < begin || end > feature.num_ids) return report(PackFault::kChanged, sample, 0, 0, 0);
-    weights.clear();
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t id = ids[i];
-      if (id == -1 && splits == nullptr) continue;
-      if (id < 0 || id >= feature.vocabulary) return report(PackFault::kId, sample, i - begin, id, 0);
-      if (feature.weights == nullptr) continue;
-      const float weight = feature.weights[i];
-      if (!IsFinite(weight)) return report(PackFault::kWeight, sample, i - begin, 0, weight);
-      weights.push_back(weight);
-    }
-    if (combiner == Combiner::kSum || weights.empty()) continue;
-    const float divisor = Divisor(combiner, weights.data(), static_cast<int64_t>(weights.size()));
-    for (const float weight : weights) {
-      if (!IsFinite(Gain(weight, divisor))) return report(PackFault::kGain, sample, 0, 0, divisor);
-    }
-  }
-  return error;
-}
-
-// The first fault of a batch of which some task found that it has one: a plain search, since it runs once at most.
-PackError FindFault(const PackRequest& request) {
-  std::vector<Combiner> combiners(request.features.size(), Combiner::kSum);
-  for (const PackStack& stack : request.stacks) {
-    for (const int32_t number : stack.features) combiners[number] = stack.combiner;
-  }
-  for (size_t number = 0; number < request.features.size(); ++number) {
-    const PackFeature& feature = request.features[number];
-    PackError error = feature.wide_ids ? FindFeatureFault<int64_t>(feature, combiners[number])
-                                       : FindFeatureFault<int32_t>(feature, combiners[number]);
-    if (error.fault != PackFault::kNone) {
-      error.feature = static_cast<int32_t>(number);
-      return error;
-    }
-  }
-  PackError error;
-  error.fault = PackFault::kChanged;
-  return error;
 }
 
 PackError RequestFault(int64_t where) {

@@ -1,0 +1,42 @@
+// The factors that combiners give the ids of a row. Sums run one after another in float32, as the format defines.
+#ifndef EMBAX_CORE_GAINS_H_
+#define EMBAX_CORE_GAINS_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/pack.h"
+
+namespace embax {
+
+inline bool IsFinite(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return (bits & 0x7f800000u) != 0x7f800000u;
+}
+
+// The combiner's divisor of a row of `count` ids of weight 1, as a sequential sum in float32 gives it.
+inline float UnitDivisor(Combiner combiner, int64_t count) {
+  const float sum = static_cast<float>(std::min<int64_t>(count, 1 << 24));
+  return combiner == Combiner::kSqrtn ? std::sqrt(sum) : sum;
+}
+
+// The combiner's divisor of a row: its weights are summed one after another in float32.
+inline float Divisor(Combiner combiner, const float* weights, int64_t count) {
+  float sum = 0;
+  if (combiner == Combiner::kMean) {
+    for (int64_t i = 0; i < count; ++i) sum += weights[i];
+    return sum;
+  }
+  for (int64_t i = 0; i < count; ++i) sum += weights[i] * weights[i];
+  return std::sqrt(sum);
+}
+
+// A row whose weights sum to 0 contributes nothing.
+inline float Gain(float weight, float divisor) { return divisor == 0 ? 0.0f : weight / divisor; }
+
+}  // namespace embax
+
+#endif  // EMBAX_CORE_GAINS_H_
