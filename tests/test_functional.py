@@ -232,6 +232,16 @@ def test_an_empty_batch_changes_nothing(backend):
         jax.tree.map(np.testing.assert_array_equal, new, variables)
 
 
+def test_masked_arrays_are_refused():
+    specs, _ = model()
+    masked = np.ma.masked_array(IDS["f"], mask=IDS["f"] == 2)
+    with pytest.raises(ValueError, match=r"Feature 'f': its ids are a masked array.*ids.filled\(-1\)"):
+        embax.preprocess({"f": masked}, specs=specs)
+    weights = np.ma.masked_array(np.ones((2, 3)), mask=IDS["f"] == 2)
+    with pytest.raises(ValueError, match=r"Feature 'f': its weights are a masked array.*weights.filled\(0\)"):
+        embax.preprocess(IDS, {"f": weights}, specs=specs)
+
+
 def test_what_jax_transformations_may_not_do_is_said():
     specs, variables = model()
     packed = embax.preprocess(IDS, specs=specs)

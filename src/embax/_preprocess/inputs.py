@@ -296,6 +296,12 @@ def read_feature(feature: FeaturePlan, ids: Any, weights: Any) -> FlatFeature:
     Raises:
         ValueError: names the feature, what was given and what is allowed.
     """
+    for what, leaf, filler in (("ids", ids, -1), ("weights", weights, 0)):
+        if isinstance(leaf, np.ma.MaskedArray):
+            raise ValueError(
+                f"Feature {feature.name!r}: its {what} are a masked array, whose mask would be lost. Fill the masked places: "
+                f"{what}.filled({filler})."
+            )
     if type(ids) is np.ndarray and ids.ndim == 2 and ids.dtype in (_INT64, _INT32):
         flat = FlatFeature(np.ascontiguousarray(ids), None, None, ids.shape[0])  # The common case, made short.
     else:
