@@ -87,8 +87,7 @@ def assert_same_as_reference(packer, packed, rows, weights):
         ours, theirs = getattr(packed.stats, field.name), getattr(expected.stats, field.name)
         assert ours.keys() == theirs.keys()
         for name in ours:
-            assert ours[name].dtype == np.int32
-            np.testing.assert_array_equal(ours[name], theirs[name])
+            np.testing.assert_array_equal(ours[name], theirs[name], strict=True)
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ from embax._ops.backend import use_backend as use_backend
 from embax._preprocess.buffers import PreprocessedInput as PreprocessedInput
 from embax._preprocess.inputs import Ragged as Ragged
 from embax._preprocess.pack import preprocess as preprocess
-from embax._preprocess.stats import PackStats as PackStats
+from embax._preprocess.stats import SparseDenseMatmulInputStats as SparseDenseMatmulInputStats
 from embax._specs import FeatureIdTransformation as FeatureIdTransformation
 from embax._specs import FeatureSpec as FeatureSpec
 from embax._specs import QuantizationConfig as QuantizationConfig

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from embax._checks import next_multiple
-from embax._preprocess.stats import PackStats
+from embax._preprocess.stats import SparseDenseMatmulInputStats
 from embax._stacking.plan import FeaturePlan, Plan, StackPlan
 
 PADDING_VALUE = 2**31 - 1
@@ -173,7 +173,7 @@ class PreprocessedInput:
     sample_ids: jax.Array | np.ndarray
     gains: jax.Array | np.ndarray
     layout: PackedLayout
-    stats: PackStats | None = None
+    stats: SparseDenseMatmulInputStats | None = None
 
     def replace(self, **changes: Any) -> "PreprocessedInput":
         """A copy with some fields changed."""

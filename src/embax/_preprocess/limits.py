@@ -9,7 +9,7 @@ import numpy as np
 
 from embax._checks import next_multiple
 from embax._preprocess.buffers import PARTITION_ALIGNMENT, suggested_capacity
-from embax._preprocess.stats import PackStats
+from embax._preprocess.stats import SparseDenseMatmulInputStats
 from embax._stacking.plan import Plan, StackPlan
 
 _logger = logging.getLogger("embax")
@@ -27,15 +27,15 @@ os.register_at_fork(after_in_child=_renew_growth_lock)
 
 
 class Counts(NamedTuple):
-    """What packing counts, of all stacks: the arrays of `PackStats`, a row a stack."""
+    """What packing counts, of all stacks: the arrays of `SparseDenseMatmulInputStats`, a row a stack."""
 
     max_ids: np.ndarray
     max_unique_ids: np.ndarray
     required: np.ndarray
 
-    def as_stats(self, names: list[str]) -> PackStats:
+    def as_stats(self, names: list[str]) -> SparseDenseMatmulInputStats:
         """The counts by the names of the stacks."""
-        return PackStats(*(dict(zip(names, array, strict=True)) for array in self))
+        return SparseDenseMatmulInputStats(*(dict(zip(names, array, strict=True)) for array in self))
 
 
 class FixedCapacities:
