@@ -153,12 +153,12 @@ Packed Write(const PackRequest& request, const SortedBatch& batch, int64_t threa
   arrays.ids = packed.ids.data();
   arrays.samples = packed.samples.data();
   arrays.gains = packed.gains.data();
-  EXPECT(batch.Write(packed.placements, arrays, threads));
+  EXPECT(batch.Write(packed.placements, arrays, embax::PackLayout::kShares, threads));
   for (embax::PackPlacement& placement : packed.placements) {
     if (placement.capacity == 0) continue;
     std::vector<embax::PackPlacement> small = packed.placements;
     small[&placement - packed.placements.data()].capacity -= 1;
-    EXPECT(!batch.Write(small, arrays, threads));
+    EXPECT(!batch.Write(small, arrays, embax::PackLayout::kShares, threads));
     break;
   }
   return packed;

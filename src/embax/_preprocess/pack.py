@@ -1,21 +1,28 @@
 """Packs the ids of a batch on the host."""
 
+import itertools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from embax import _native
-from embax._checks import positive_int
+from embax._checks import INT32_MAX, positive_int
 from embax._preprocess.buffers import PackedLayout, PreprocessedInput, empty_arrays, make_layout
 from embax._preprocess.faults import Fault, fault_error
 from embax._preprocess.inputs import FlatFeature, flatten_like, read_feature
-from embax._preprocess.limits import Counts, FixedCapacities, GrowingCapacities
+from embax._preprocess.limits import Counts, DroppingLimits, FixedLimits, GrowingLimits
+from embax._preprocess.minibatch import Agreement, AllReduce
+from embax._preprocess.stats import SparseDenseMatmulInputStats
 from embax._specs import COMBINERS, FeatureSpec
 from embax._stacking.plan import Plan, make_plan
 
-_CAPACITIES = {"raise": FixedCapacities, "grow": GrowingCapacities}
+_LIMITS = {"raise": FixedLimits, "grow": GrowingLimits, "drop": DroppingLimits}
+_VALIDATIONS = {"raise": 0, "drop": 1, "trust": 2}
+"""The numbers are those of `Validation` in csrc/core/pack.h."""
+
 _MAX_KEPT = 32
 """Layouts that a packer, and packers that `preprocess`, keep for the next batch."""
 
@@ -34,9 +41,9 @@ def num_threads() -> int:
     return int(value)
 
 
-def _check_limits(limits: str) -> None:
-    if not (isinstance(limits, str) and limits in _CAPACITIES):
-        raise ValueError(f'limits is {limits!r}; it must be "raise" or "grow".')
+def _check_choice(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
+    if not (isinstance(value, str) and value in allowed):
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
 
 
 def _default_local_devices(plan: Plan) -> int:
@@ -55,32 +62,61 @@ class Packer:
 
     Args:
         specs: the placed feature tree; a snapshot is taken, so later changes of the specs do not count.
-        limits: "grow" lets the buffers grow with the batches, a logarithmic number of times, whatever the limits in the
-            specs; "raise" makes the buffers as the specs say, and a batch beyond a limit an error.
+        limits: "grow", "raise" or "drop", see `embax.preprocess`.
+        validation: "raise", "drop" or "trust", see `embax.preprocess`.
         num_local_devices: devices that this process packs for, whose samples it gets; None means the devices of the
             placement, divided by the number of processes.
+        has_leading_dimension: whether the arrays get a leading dimension of the local devices.
+        enable_minibatching: whether a batch beyond the limits of partitions is divided into minibatches.
+        all_reduce: how the hosts agree on minibatches; None where this process packs for all devices.
 
     Raises:
-        ValueError: the specs are not placed, `limits` is unknown, or buffers were to grow while there are other processes
-            (which would have to grow alike, or else hang in different programs).
+        ValueError: the specs are not placed; an argument is unknown; limits were to grow while there are other processes
+            (which would have to grow alike, or else hang in different programs); or there are other processes, and
+            minibatches were asked for without `all_reduce`.
     """
 
-    def __init__(self, specs: Any, *, limits: str = "grow", num_local_devices: int | None = None):
-        _check_limits(limits)
+    def __init__(
+        self,
+        specs: Any,
+        *,
+        limits: str = "grow",
+        validation: str = "raise",
+        num_local_devices: int | None = None,
+        has_leading_dimension: bool = False,
+        enable_minibatching: bool = False,
+        all_reduce: AllReduce | None = None,
+    ):
+        _check_choice("limits", limits, _LIMITS)
+        _check_choice("validation", validation, _VALIDATIONS)
         plan = make_plan(specs)
         self.plan = plan
         self.limits = limits
+        self.validation = validation
+        self.has_leading_dimension = bool(has_leading_dimension)
+        self.enable_minibatching = bool(enable_minibatching)
         if num_local_devices is None:
             num_local_devices = _default_local_devices(plan)
         self.num_local_devices = positive_int(
             "Packer", "num_local_devices", num_local_devices, maximum=plan.num_devices
         )
-        if limits == "grow" and self.num_local_devices < plan.num_devices:
-            raise ValueError(
-                f'limits="grow" with {self.num_local_devices} of {plan.num_devices} devices in this process: processes '
-                'whose buffers grow on their own compile different programs and hang. Use limits="raise".'
-            )
-        self._capacities = _CAPACITIES[limits](plan)
+        if self.num_local_devices < plan.num_devices:
+            where = f"with {self.num_local_devices} of {plan.num_devices} devices in this process"
+            if limits == "grow":
+                raise ValueError(
+                    f'limits="grow" {where}: processes whose buffers grow on their own compile different programs and hang. '
+                    'Use limits="raise".'
+                )
+            if enable_minibatching and all_reduce is None:
+                raise ValueError(
+                    f"enable_minibatching {where}: all processes must agree on the minibatches. Pass all_reduce, such as "
+                    "embax.DistributedAllReduce()."
+                )
+        if all_reduce is not None and not enable_minibatching:
+            raise ValueError("all_reduce is for minibatches: pass enable_minibatching=True with it, or leave it out.")
+        self._all_reduce = all_reduce
+        self._batch_numbers = itertools.count()
+        self._limits = _LIMITS[limits](plan, self.enable_minibatching)
         leaves, self._treedef = jax.tree.flatten(specs)
         self._skeleton = self._treedef.unflatten([leaf.name for leaf in leaves])
         self._features = sorted((f for stack in plan.stacks for f in stack.features), key=lambda feature: feature.leaf)
@@ -92,9 +128,25 @@ class Packer:
         self._names = [stack.name for stack in plan.stacks]
         self._layouts: dict[Any, tuple[PackedLayout, np.ndarray]] = {}
 
-    def __call__(self, ids: Any, weights: Any = None) -> PreprocessedInput:
+    def __call__(self, ids: Any, weights: Any = None, *, batch_number: int | None = None) -> PreprocessedInput:
         """Packs one batch; arguments, result and errors are those of `embax.preprocess`."""
-        plan, num_devices = self.plan, self.num_local_devices
+        threads = num_threads()
+        if not self.enable_minibatching:
+            batch, batch_sizes = self._sort(ids, weights, threads)
+            return self._finish(batch, batch_sizes, self._counts(batch), None, threads)
+        agreement = Agreement(self._all_reduce, next(self._batch_numbers) if batch_number is None else batch_number)
+        try:
+            batch, batch_sizes = self._sort(ids, weights, threads)
+        except Exception:
+            agreement.fail()
+            raise
+        counts = self._counts(batch)
+        num_minibatches = agreement.form_minibatches(batch, counts, self._limits.current, threads)
+        return self._finish(batch, batch_sizes, counts, num_minibatches, threads)
+
+    def _sort(self, ids: Any, weights: Any, threads: int) -> tuple[_native.SortedBatch, tuple[int, ...]]:
+        """The sorted batch, and the samples of each feature on a device."""
+        plan = self.plan
         ids_leaves = flatten_like(self._skeleton, self._treedef, ids, "ids")
         if weights is None:
             weights_leaves = [None] * len(ids_leaves)
@@ -102,7 +154,6 @@ class Packer:
             weights_leaves = flatten_like(self._skeleton, self._treedef, weights, "weights")
         leaves = list(map(read_feature, self._features, ids_leaves, weights_leaves))
         batch_sizes = self._batch_sizes(leaves)
-        threads = num_threads()
         batch = _native.sort_batch(
             [leaf.ids for leaf in leaves],
             [leaf.weights for leaf in leaves],
@@ -110,19 +161,62 @@ class Packer:
             self._feature_table,
             self._stack_table,
             self._order,
-            num_devices,
+            self.num_local_devices,
             plan.num_sparsecores_per_device,
             plan.num_sparsecores,
+            _VALIDATIONS[self.validation],
+            self.limits == "drop",
             threads,
         )
         if isinstance(batch, tuple):
             raise fault_error(plan, leaves, Fault(*batch))
+        return batch, batch_sizes
+
+    def _counts(self, batch: _native.SortedBatch) -> Counts:
         num_stacks = len(self._names)
-        counts = Counts(*(a.reshape(num_stacks, -1) for a in (batch.max_ids, batch.max_unique_ids, batch.required)))
-        layout, placements = self._layout(batch_sizes, self._capacities.fit(counts))
-        row_pointers, embedding_ids, sample_ids, gains = empty_arrays(layout)
-        _native.write_batch(batch, placements, row_pointers, embedding_ids, sample_ids, gains, num_devices, threads)
-        return PreprocessedInput(row_pointers, embedding_ids, sample_ids, gains, layout, counts.as_stats(self._names))
+        return Counts(*(a.reshape(num_stacks, -1) for a in (batch.max_ids, batch.max_unique_ids, batch.required)))
+
+    def _finish(
+        self,
+        batch: _native.SortedBatch,
+        batch_sizes: tuple[int, ...],
+        counts: Counts,
+        num_minibatches: int | None,
+        threads: int,
+    ) -> PreprocessedInput:
+        """Fits the sorted batch into the limits and writes it.
+
+        Args:
+            batch: sorted, and in minibatches if there are any.
+            batch_sizes: samples of each feature on a device.
+            counts: of the batch as it was given.
+            num_minibatches: None without minibatching.
+            threads: threads to work with.
+        """
+        minibatched, num_devices = num_minibatches is not None, self.num_local_devices
+        limits = self._limits.fit(counts if num_minibatches in (None, 1) else self._counts(batch))
+        stats = counts.as_stats(self._names)
+        if self.limits == "drop":
+            self._count_dropped(stats, _native.drop(batch, limits, minibatched))
+        if self.validation == "drop":
+            names = (feature.name for feature in self._features)
+            stats.invalid_ids.update(zip(names, batch.invalid.tolist(), strict=True))
+        layout, placements = self._layout(batch_sizes, limits)
+        arrays = empty_arrays(layout)
+        _native.write_batch(batch, placements, *arrays, num_devices, minibatched, threads)
+        if minibatched:
+            arrays = (*arrays, np.full(num_devices, num_minibatches, np.int32))
+        if self.has_leading_dimension:
+            arrays = [array.reshape(num_devices, -1) for array in arrays]
+        return PreprocessedInput(*arrays[:4], layout, *arrays[4:], stats=stats)
+
+    def _count_dropped(self, stats: SparseDenseMatmulInputStats, dropped: np.ndarray) -> None:
+        for stack in self.plan.stacks:
+            stats.dropped_ids.update((table.name, 0) for table in stack.tables)
+            stats.id_drop_counters[stack.name] = 0
+            for feature in stack.features:
+                stats.dropped_ids[feature.table.name] += int(dropped[feature.leaf])
+                stats.id_drop_counters[stack.name] += int(dropped[feature.leaf])
 
     def _batch_sizes(self, leaves: list[FlatFeature]) -> tuple[int, ...]:
         """Samples of each feature on a device."""
@@ -136,12 +230,13 @@ class Packer:
                 )
         return tuple([leaf.batch // num_devices for leaf in leaves])
 
-    def _layout(self, batch_sizes: tuple[int, ...], capacities: tuple[int, ...]) -> tuple[PackedLayout, np.ndarray]:
+    def _layout(self, batch_sizes: tuple[int, ...], limits: np.ndarray) -> tuple[PackedLayout, np.ndarray]:
         """The layout, and where the native code finds each stack. The same objects for the same sizes."""
-        key = (batch_sizes, capacities)
+        key = (batch_sizes, limits.tobytes())
         known = self._layouts.get(key)
         if known is None:
-            layout = make_layout(self.plan, batch_sizes, capacities, self.num_local_devices)
+            layout = make_layout(self.plan, batch_sizes, limits, self.num_local_devices, self.enable_minibatching)
+            _check_capacities(layout)
             placements = np.array([(s.row_pointers_start, s.entries_start, s.capacity) for s in layout.stacks])
             if len(self._layouts) >= _MAX_KEPT:
                 self._layouts = {}
@@ -149,39 +244,62 @@ class Packer:
         return known
 
 
+def _check_capacities(layout: PackedLayout) -> None:
+    """Raises a ValueError if row pointers cannot count the entries that they point to."""
+    shares = 1 if layout.minibatched else layout.num_sparsecores_per_device
+    for stack in layout.stacks:
+        if stack.capacity // shares > INT32_MAX:
+            raise ValueError(
+                f"Stack {stack.name!r}: a packed buffer of {stack.capacity} entries a device is more than int32 row pointers "
+                f"count, {INT32_MAX} {'a device with minibatches' if layout.minibatched else 'a SparseCore'}. Lower "
+                "max_ids_per_partition, or set suggested_coo_buffer_size_per_device."
+            )
+
+
 _packers: dict[Any, tuple[Packer, list[Any]]] = {}
 
 
-def _packer_for(specs: Any, limits: str, num_local_devices: int | None) -> Packer:
+def _packer_for(specs: Any, **options: Any) -> Packer:
     """A packer for the specs as they are now, kept from an earlier call if nothing about them has changed.
 
     What packing depends on is immutable (placements, names, sizes), so that the identities of these objects tell
     cheaply whether it changed. The objects are kept alive with the packer, so that no other can get their identity.
     """
-    _check_limits(limits)
     leaves, treedef = jax.tree.flatten(specs)
     parts: list[Any] = []
     for leaf in leaves:
         if not isinstance(leaf, FeatureSpec):
-            return Packer(specs, limits=limits, num_local_devices=num_local_devices)  # Says what is wrong.
+            return Packer(specs, **options)  # Says what is wrong.
         table = leaf.table_spec
         parts += (
             *(leaf.name, leaf._id_transformation, leaf.input_shape, leaf.output_shape),
             *(table, table.name, table.vocabulary_size, table.embedding_dim),
             *(table._stacked_table_spec, table._setting_in_stack),
         )
-    key = (treedef, limits, num_local_devices, tuple(map(id, parts)))
+    chosen = tuple(value if isinstance(value, str | int | None) else id(value) for value in options.values())
+    parts += options.values()
+    key = (treedef, chosen, tuple(map(id, parts[: -len(options)])))
     known = _packers.get(key)
     if known is None:
         if len(_packers) >= _MAX_KEPT:
             _packers.clear()
-        packer = Packer(specs, limits=limits, num_local_devices=num_local_devices)
+        packer = Packer(specs, **options)
         known = _packers.setdefault(key, (packer, parts))
     return known[0]
 
 
 def preprocess(
-    ids: Any, weights: Any = None, *, specs: Any, limits: str = "raise", num_local_devices: int | None = None
+    ids: Any,
+    weights: Any = None,
+    *,
+    specs: Any,
+    limits: str = "raise",
+    validation: str = "raise",
+    num_local_devices: int | None = None,
+    has_leading_dimension: bool = False,
+    enable_minibatching: bool = False,
+    all_reduce: AllReduce | None = None,
+    batch_number: int | None = None,
 ) -> PreprocessedInput:
     """Packs a batch of ids on the host: partitions them by the SparseCore that owns their rows, sorts, merges, pads.
 
@@ -199,10 +317,21 @@ def preprocess(
             or None. They are used as float32.
         specs: the placed feature tree (see `embax.prepare_feature_specs_for_training`).
         limits: what happens to a batch that exceeds the limits in the specs (`max_ids_per_partition`,
-            `max_unique_ids_per_partition`, `suggested_coo_buffer_size_per_device`): "raise" an error, or "grow" the
-            buffers as the batches need, which compiles the steps that use them again a logarithmic number of times.
+            `max_unique_ids_per_partition`, `suggested_coo_buffer_size_per_device`): "raise" an error; "grow" the limits
+            as the batches need, whatever the specs say, which compiles the steps that use them again a logarithmic number
+            of times; or "drop" what is beyond them, counted in `stats.id_drop_counters` and `stats.dropped_ids`: of each
+            partition the ids behind the first ones in order of (row, sample), and what the buffer does not hold.
+        validation: what happens to ids outside their vocabulary and to weights that are not finite: "raise" an error;
+            "drop" them, counted in `stats.invalid_ids` (a sample whose gains are not finite keeps its ids with gains of
+            0); or "trust" that there are none: such an id then names any row or none, such a weight is used.
         num_local_devices: devices that this process packs for; None means those of the placement, divided by the
             number of processes.
+        has_leading_dimension: whether the arrays get a leading dimension of the local devices, as `jax.pmap` takes them.
+        enable_minibatching: whether a batch beyond the limits of partitions is divided into up to 64 minibatches, by a
+            hash of the ids, so that each is within them. All stacks, devices and hosts have the same number. A limit that
+            the ids of one bucket exceed is treated as `limits` says. Lookups and updates give the same results.
+        all_reduce: how the hosts agree on minibatches, `embax.DistributedAllReduce()` or the like; None for one host.
+        batch_number: names the batch among the hosts, the same on all of them; None counts the calls.
 
     Returns:
         The packed batch, in NumPy arrays that nothing else refers to, with its statistics.
@@ -210,11 +339,21 @@ def preprocess(
     Raises:
         ValueError: the specs are not placed; a tree has another structure; ids are not integers, or outside of their
             vocabulary; weights are not finite; row splits are not ascending from 0 to the number of values; a batch
-            does not divide; a limit is exceeded. The message names the feature, the sample and the value, and says
-            what to do.
+            does not divide. The message names the feature, the sample and the value, and says what to do.
+        embax.LimitExceededError: a limit is exceeded (a ValueError).
+        RuntimeError: another host could not pack its part of the batch.
 
     Example:
         >>> packed = embax.preprocess({"watched": np.array([[3, 5], [8, -1]])}, specs=features)  # doctest: +SKIP
         >>> packed.stats.max_ids_per_partition  # doctest: +SKIP
     """
-    return _packer_for(specs, limits, num_local_devices)(ids, weights)
+    packer = _packer_for(
+        specs,
+        limits=limits,
+        validation=validation,
+        num_local_devices=num_local_devices,
+        has_leading_dimension=has_leading_dimension,
+        enable_minibatching=enable_minibatching,
+        all_reduce=all_reduce,
+    )
+    return packer(ids, weights, batch_number=batch_number)
