@@ -17,9 +17,9 @@ class SparseDenseMatmulInputStats:
         max_unique_ids_per_partition: likewise of distinct ids.
         required_buffer_size_per_sc: by stack, int32[L * S]: entries that each local SparseCore needs, partitions
             rounded up to 8.
-        id_drop_counters: by stack, the ids that a limit dropped, duplicates included; 0 unless `limits="drop"`.
+        id_drop_counters: by stack, the ids that a limit dropped, duplicates included; empty unless `limits="drop"`.
         dropped_ids: the same by table.
-        invalid_ids: by feature, the ids that were left out since they or their weights are not valid; 0 unless
+        invalid_ids: by feature, the ids that were left out since they or their weights are not valid; empty unless
             `validation="drop"`.
     """
 
