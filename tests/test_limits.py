@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 import embax
-from embax._preprocess.pack import Packer
+from embax._preprocess.packer import Packer
 from embax._stacking.plan import make_plan
 from tests import oracle
 from tests.test_pack import assert_same_as_reference, batches, make_feature, make_table, place

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 
 import embax
 from embax._preprocess.buffers import PADDING_VALUE
-from embax._preprocess.pack import Packer
+from embax._preprocess.packer import Packer
 from tests import oracle
 from tests.test_pack import batches, make_feature, make_table, place
 

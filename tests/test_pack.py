@@ -17,7 +17,8 @@ from hypothesis import given, settings
 import embax
 from embax._preprocess.buffers import PADDING_VALUE
 from embax._preprocess.inputs import Ragged
-from embax._preprocess.pack import Packer, preprocess
+from embax._preprocess.pack import preprocess
+from embax._preprocess.packer import Packer
 from embax._preprocess.reference import pack_reference
 from embax._specs import FeatureIdTransformation, StackedTableSpec, TableSettingInStack
 
@@ -296,13 +297,13 @@ def test_leaves_what_lies_behind_the_last_partition_alone(monkeypatch):
     packer = Packer(specs, limits="raise")
     given_arrays = []
 
-    def marked(layout, empty=embax._preprocess.pack.empty_arrays):
+    def marked(layout, empty=embax._preprocess.packer.empty_arrays):
         given_arrays.extend(empty(layout))
         for array in given_arrays:
             array[:] = 77
         return tuple(given_arrays)
 
-    monkeypatch.setattr("embax._preprocess.pack.empty_arrays", marked)
+    monkeypatch.setattr("embax._preprocess.packer.empty_arrays", marked)
     packed = packer({"f": np.array([[0, 1, 2], [0, 1, 2]])})
     share = packed.layout.stacks[0].capacity // 2
     for array in (packed.embedding_ids, packed.sample_ids, packed.gains):

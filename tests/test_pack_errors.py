@@ -8,7 +8,8 @@ from test_pack import make_feature, make_table, place
 
 from embax import _native
 from embax._preprocess.inputs import Ragged
-from embax._preprocess.pack import Packer, preprocess
+from embax._preprocess.pack import preprocess
+from embax._preprocess.packer import Packer
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from embax._ops.backend import use_backend as use_backend
 from embax._preprocess.buffers import PreprocessedInput as PreprocessedInput
 from embax._preprocess.inputs import Ragged as Ragged
 from embax._preprocess.limits import LimitExceededError as LimitExceededError
+from embax._preprocess.pack import eval_preprocess_shape as eval_preprocess_shape
 from embax._preprocess.pack import preprocess as preprocess
 from embax._preprocess.stats import SparseDenseMatmulInputStats as SparseDenseMatmulInputStats
 from embax._specs import FeatureIdTransformation as FeatureIdTransformation

@@ -167,14 +167,19 @@ def make_layout(
     )
 
 
+def array_shapes(layout: PackedLayout) -> list[tuple[tuple[int], type]]:
+    """Shape and dtype of row pointers, ids, sample ids and gains."""
+    row_pointers = layout.num_local_devices * layout.row_pointers_per_device
+    entries = layout.num_local_devices * layout.entries_per_device
+    return [((row_pointers,), np.int32), ((entries,), np.int32), ((entries,), np.int32), ((entries,), np.float32)]
+
+
 def empty_arrays(layout: PackedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Row pointers, ids, sample ids and gains of `layout`, without values, at addresses that are multiples of 64.
 
     Arrays with such addresses go into a jitted function on CPU without a copy. They lie in one allocation.
     """
-    row_pointers = layout.num_local_devices * layout.row_pointers_per_device
-    entries = layout.num_local_devices * layout.entries_per_device
-    sizes = ((row_pointers, np.int32), (entries, np.int32), (entries, np.int32), (entries, np.float32))
+    sizes = [(shape[0], dtype) for shape, dtype in array_shapes(layout)]
     strides = [next_multiple(4 * size, BUFFER_ALIGNMENT) for size, _ in sizes]
     memory = np.empty(sum(strides) + BUFFER_ALIGNMENT, np.uint8)
     start = -memory.__array_interface__["data"][0] % BUFFER_ALIGNMENT

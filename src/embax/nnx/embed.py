@@ -16,7 +16,7 @@ except ImportError as error:
 from embax._lookup_vjp import lookup_and_update
 from embax._matmul import feature_structure, read_rows
 from embax._preprocess.buffers import PreprocessedInput
-from embax._preprocess.pack import Packer
+from embax._preprocess.packer import Packer
 from embax._stacking.plan import make_plan
 from embax._stacking.stack import copy_feature_specs, prepare_feature_specs_for_training
 from embax._variables import EmbeddingVariables, init_embedding_variables
