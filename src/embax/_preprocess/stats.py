@@ -6,11 +6,6 @@ from typing import Any
 import numpy as np
 
 
-def _counts(suffix: str) -> Any:
-    """A mapping by stack that feedback-directed optimization stores under keys that are the stack's name and `suffix`."""
-    return dataclasses.field(default_factory=dict, metadata={"suffix": suffix})
-
-
 @dataclasses.dataclass(frozen=True)
 class SparseDenseMatmulInputStats:
     """Counts of one packed batch, all of them mappings.
@@ -31,10 +26,16 @@ class SparseDenseMatmulInputStats:
             `validation="drop"`.
     """
 
-    max_ids_per_partition: dict[str, np.ndarray] = _counts("_max_ids")
-    max_unique_ids_per_partition: dict[str, np.ndarray] = _counts("_max_unique_ids")
-    required_buffer_size_per_sc: dict[str, np.ndarray] = _counts("_required_buffer_size")
-    id_drop_counters: dict[str, int] = _counts("_id_drop_counters")
+    max_ids_per_partition: dict[str, np.ndarray] = dataclasses.field(
+        default_factory=dict, metadata={"suffix": "_max_ids"}
+    )
+    max_unique_ids_per_partition: dict[str, np.ndarray] = dataclasses.field(
+        default_factory=dict, metadata={"suffix": "_max_unique_ids"}
+    )
+    required_buffer_size_per_sc: dict[str, np.ndarray] = dataclasses.field(
+        default_factory=dict, metadata={"suffix": "_required_buffer_size"}
+    )
+    id_drop_counters: dict[str, int] = dataclasses.field(default_factory=dict, metadata={"suffix": "_id_drop_counters"})
     dropped_ids: dict[str, int] = dataclasses.field(default_factory=dict)
     invalid_ids: dict[str, int] = dataclasses.field(default_factory=dict)
 
