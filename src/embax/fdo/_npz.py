@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,8 @@ class NPZFileFDOClient(FileFDOClient):
 
     def _encode(self, stats: Mapping[str, np.ndarray]) -> bytes:
         buffer = io.BytesIO()
-        np.savez(buffer, **dict(stats))
+        arrays: dict[str, Any] = dict(stats)  # The suffixes keep their names apart from parameters of savez.
+        np.savez(buffer, **arrays)
         return buffer.getvalue()
 
     def _decode(self, content: bytes) -> dict[str, np.ndarray]:
