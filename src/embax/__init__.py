@@ -4,11 +4,17 @@ from embax._matmul import apply_gradients as apply_gradients
 from embax._matmul import lookup as lookup
 from embax._matmul import read_rows as read_rows
 from embax._ops.backend import use_backend as use_backend
+from embax._preprocess.all_reduce import AllReduceInterface as AllReduceInterface
+from embax._preprocess.all_reduce import DistributedAllReduce as DistributedAllReduce
+from embax._preprocess.all_reduce import ThreadAllReduce as ThreadAllReduce
 from embax._preprocess.buffers import PreprocessedInput as PreprocessedInput
 from embax._preprocess.inputs import Ragged as Ragged
 from embax._preprocess.limits import LimitExceededError as LimitExceededError
 from embax._preprocess.pack import eval_preprocess_shape as eval_preprocess_shape
 from embax._preprocess.pack import preprocess as preprocess
+from embax._preprocess.sizes import compute_coo_buffer_size_per_device as compute_coo_buffer_size_per_device
+from embax._preprocess.sizes import compute_row_pointers_size_per_device as compute_row_pointers_size_per_device
+from embax._preprocess.sizes import compute_theoretical_max_coo_buffer_size as compute_theoretical_max_coo_buffer_size
 from embax._preprocess.stats import SparseDenseMatmulInputStats as SparseDenseMatmulInputStats
 from embax._specs import FeatureIdTransformation as FeatureIdTransformation
 from embax._specs import FeatureSpec as FeatureSpec
@@ -16,6 +22,7 @@ from embax._specs import QuantizationConfig as QuantizationConfig
 from embax._specs import StackedTableSpec as StackedTableSpec
 from embax._specs import TableSettingInStack as TableSettingInStack
 from embax._specs import TableSpec as TableSpec
+from embax._stacking.parameters import update_preprocessing_parameters as update_preprocessing_parameters
 from embax._stacking.stack import auto_stack_tables as auto_stack_tables
 from embax._stacking.stack import get_stacked_table_specs as get_stacked_table_specs
 from embax._stacking.stack import get_table_specs as get_table_specs
