@@ -2,10 +2,10 @@
 
 import jax
 import numpy as np
+import oracle
 import pytest
 
 import embax
-from tests import oracle
 
 
 def specs_of(devices=1, batch=8, **fields):
@@ -32,7 +32,7 @@ def test_shapes_are_those_of_packed_batches(devices, local_devices, leading, min
     }
     shapes = embax.eval_preprocess_shape(specs, **options)
     if local_devices is not None and minibatching:
-        options["all_reduce"] = embax.ThreadAllReduce(1)
+        options["all_reduce"] = embax.ThreadAllReduce(1).member(0)
     packed = embax.preprocess(ids_for(specs, devices // (local_devices or devices)), specs=specs, **options)
     assert jax.tree.structure(shapes) == jax.tree.structure(packed)  # The layout included.
     assert [(s.shape, s.dtype) for s in jax.tree.leaves(shapes)] == [

@@ -4,14 +4,14 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from hypothesis import given, settings
+from test_pack import assert_same_as_reference, batches, make_feature, make_table, place
 
 import embax
 from embax._preprocess.packer import Packer
 from embax._stacking.plan import make_plan
-from tests import oracle
-from tests.test_pack import assert_same_as_reference, batches, make_feature, make_table, place
 
 
 @settings(deadline=None, max_examples=200)

@@ -6,14 +6,14 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from hypothesis import assume, given, settings
+from test_pack import batches, make_feature, make_table, place
 
 import embax
 from embax._preprocess.buffers import PADDING_VALUE
 from embax._preprocess.packer import Packer
-from tests import oracle
-from tests.test_pack import batches, make_feature, make_table, place
 
 
 def bucket_of(column):
@@ -239,8 +239,8 @@ class Hosts:
 
     def __init__(self, specs, num_hosts, all_reduce, **options):
         self.packers = [
-            Packer(specs, num_local_devices=1, enable_minibatching=True, all_reduce=all_reduce, **options)
-            for _ in range(num_hosts)
+            Packer(specs, num_local_devices=1, enable_minibatching=True, all_reduce=all_reduce.member(host), **options)
+            for host in range(num_hosts)
         ]
 
     def pack(self, parts):
@@ -272,12 +272,12 @@ def test_hosts_agree_with_one_process():
     rng = np.random.default_rng(0)
     for batch in range(5):
         # Only the last host's part is beyond the limits, or none is.
-        ids = np.arange(64 * 2).reshape(64, 2)
+        ids = np.arange(256 * 4).reshape(256, 4)
         if batch % 2:
-            ids[48:] = skewed(rng, 4000, (16, 2)) * 16 % 4000
-        whole = {"f": ids, "g": ids % 50}
+            ids[192:] = rng.integers(0, 250, (64, 4)) * 16
+        whole = {"f": ids, "g": ids % 5}
         together = embax.preprocess(whole, specs=specs, limits="drop", enable_minibatching=True)
-        parts = [{name: leaf[16 * host : 16 * host + 16] for name, leaf in whole.items()} for host in range(4)]
+        parts = [{name: leaf[64 * host : 64 * host + 64] for name, leaf in whole.items()} for host in range(4)]
         packed = hosts.pack(parts)
         assert (int(together.num_minibatches[0]) > 1) == bool(batch % 2)
         assert {int(p.num_minibatches[0]) for p in packed} == {int(together.num_minibatches[0])}
@@ -302,4 +302,6 @@ def test_several_processes_need_a_way_to_agree():
     with pytest.raises(ValueError, match=r"enable_minibatching with 1 of 2 devices .* Pass all_reduce, such as"):
         embax.preprocess({"f": [[1]]}, specs=specs, num_local_devices=1, enable_minibatching=True)
     with pytest.raises(ValueError, match="pass enable_minibatching=True with it"):
-        embax.preprocess({"f": [[1]]}, specs=specs, num_local_devices=1, all_reduce=embax.ThreadAllReduce(1))
+        embax.preprocess({"f": [[1]]}, specs=specs, num_local_devices=1, all_reduce=embax.DistributedAllReduce())
+    with pytest.raises(ValueError, match="all_reduce is a ThreadAllReduce; it must be .* a member of"):
+        embax.preprocess({"f": [[1]]}, specs=specs, enable_minibatching=True, all_reduce=embax.ThreadAllReduce(1))

@@ -5,10 +5,10 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from test_pack import Fitting, assert_same_as_reference, batches, make_feature, make_table, place
 
 import embax
 from embax._preprocess.packer import Packer
-from tests.test_pack import Fitting, assert_same_as_reference, batches, make_feature, make_table, place
 
 BAD_IDS = (-2, -(2**31), 2**31 - 1)
 

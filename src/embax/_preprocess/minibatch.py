@@ -1,22 +1,13 @@
 """How hosts agree on the minibatches of a batch."""
 
-from typing import Protocol
-
 import numpy as np
 
 from embax import _native
+from embax._preprocess.all_reduce import AllReduceInterface
 from embax._preprocess.limits import Counts
 
 _FAILED = 1 << 63
 """Bit of the first reduction that says that a host could not pack its part of the batch."""
-
-
-class AllReduce(Protocol):
-    """What reduces over hosts (see `embax.AllReduceInterface`)."""
-
-    def bitwise_or(self, key: int, value: int) -> int:
-        """The bitwise or of the values that all hosts give for `key`."""
-        ...
 
 
 class Agreement:
@@ -29,7 +20,7 @@ class Agreement:
         batch_number: the same on all hosts, and another for each batch.
     """
 
-    def __init__(self, all_reduce: AllReduce | None, batch_number: int):
+    def __init__(self, all_reduce: AllReduceInterface | None, batch_number: int):
         self._all_reduce = all_reduce
         self._batch_number = batch_number
 

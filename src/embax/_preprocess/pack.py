@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
+from embax._preprocess.all_reduce import AllReduceInterface
 from embax._preprocess.buffers import PreprocessedInput
-from embax._preprocess.minibatch import AllReduce
 from embax._preprocess.packer import Packer
 from embax._specs import FeatureSpec
 
@@ -54,7 +54,7 @@ def preprocess(
     num_local_devices: int | None = None,
     has_leading_dimension: bool = False,
     enable_minibatching: bool = False,
-    all_reduce: AllReduce | None = None,
+    all_reduce: AllReduceInterface | None = None,
     batch_number: int | None = None,
 ) -> PreprocessedInput:
     """Packs a batch of ids on the host: partitions them by the SparseCore that owns their rows, sorts, merges, pads.
@@ -152,7 +152,7 @@ def eval_preprocess_shape(
     return packer.eval_shape()
 
 
-class _NoHosts:
+class _NoHosts(AllReduceInterface):
     """Stands where nothing is packed."""
 
     def bitwise_or(self, key: int, value: int) -> int:

@@ -10,11 +10,12 @@ import numpy as np
 
 from embax import _native
 from embax._checks import INT32_MAX, positive_int
+from embax._preprocess.all_reduce import AllReduceInterface
 from embax._preprocess.buffers import PackedLayout, PreprocessedInput, array_shapes, empty_arrays, make_layout
 from embax._preprocess.faults import Fault, fault_error
 from embax._preprocess.inputs import FlatFeature, flatten_like, read_feature
 from embax._preprocess.limits import Counts, DroppingLimits, FixedLimits, GrowingLimits
-from embax._preprocess.minibatch import Agreement, AllReduce
+from embax._preprocess.minibatch import Agreement
 from embax._preprocess.stats import SparseDenseMatmulInputStats
 from embax._specs import COMBINERS
 from embax._stacking.plan import Plan, make_plan, sample_count
@@ -85,7 +86,7 @@ class Packer:
         num_local_devices: int | None = None,
         has_leading_dimension: bool = False,
         enable_minibatching: bool = False,
-        all_reduce: AllReduce | None = None,
+        all_reduce: AllReduceInterface | None = None,
     ):
         _check_choice("limits", limits, _LIMITS)
         _check_choice("validation", validation, _VALIDATIONS)
@@ -112,6 +113,11 @@ class Packer:
                     f"enable_minibatching {where}: all processes must agree on the minibatches. Pass all_reduce, such as "
                     "embax.DistributedAllReduce()."
                 )
+        if all_reduce is not None and not callable(getattr(all_reduce, "bitwise_or", None)):
+            raise ValueError(
+                f"all_reduce is a {type(all_reduce).__name__}; it must be an embax.AllReduceInterface, such as "
+                "embax.DistributedAllReduce(), or a member of an embax.ThreadAllReduce."
+            )
         if all_reduce is not None and not enable_minibatching:
             raise ValueError("all_reduce is for minibatches: pass enable_minibatching=True with it, or leave it out.")
         self._all_reduce = all_reduce

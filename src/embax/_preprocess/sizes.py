@@ -3,12 +3,9 @@
 from typing import Any
 
 from embax._checks import positive_int
-from embax._preprocess.buffers import row_pointers_per_sparsecore, suggested_capacity, theoretical_capacity
-from embax._stacking.plan import StackPlan, make_plan
+from embax._preprocess.buffers import row_pointers_per_device, suggested_capacity, theoretical_capacity
+from embax._stacking.plan import make_plan
 from embax._topology import num_sparsecores_per_device
-
-MINIBATCH_BUCKETS = 64
-"""Most minibatches that a batch can be cut into; without a suggested size, buffers are made for all of them."""
 
 
 def _topology(owner: str, global_device_count: int, num_sc_per_device: int | None) -> tuple[int, int]:
@@ -17,10 +14,6 @@ def _topology(owner: str, global_device_count: int, num_sc_per_device: int | Non
     given = num_sparsecores_per_device() if num_sc_per_device is None else num_sc_per_device
     sparsecores = positive_int(owner, "num_sc_per_device", given)
     return sparsecores, devices * sparsecores
-
-
-def _minibatches(enable_minibatching: bool) -> int:
-    return MINIBATCH_BUCKETS if enable_minibatching else 1
 
 
 def compute_row_pointers_size_per_device(
@@ -37,7 +30,7 @@ def compute_row_pointers_size_per_device(
         ValueError: a count is not a positive integer.
     """
     sparsecores, total = _topology("compute_row_pointers_size_per_device", global_device_count, num_sc_per_device)
-    return _minibatches(enable_minibatching) * sparsecores * row_pointers_per_sparsecore(total)
+    return row_pointers_per_device(sparsecores, total, enable_minibatching)
 
 
 def compute_theoretical_max_coo_buffer_size(
@@ -62,7 +55,7 @@ def compute_theoretical_max_coo_buffer_size(
     owner = "compute_theoretical_max_coo_buffer_size"
     limit = positive_int(owner, "max_ids_per_partition", max_ids_per_partition)
     sparsecores, total = _topology(owner, global_device_count, num_sc_per_device)
-    return _minibatches(enable_minibatching) * theoretical_capacity(limit, sparsecores, total)
+    return theoretical_capacity(limit, sparsecores, total, enable_minibatching)
 
 
 def compute_coo_buffer_size_per_device(
@@ -104,9 +97,7 @@ def compute_coo_buffer_size_per_device(
             f"for on {asked}; leave the counts out, or place new specs for them."
         )
 
-    def size(stack: StackPlan) -> int:
-        suggested = stack.spec.suggested_coo_buffer_size_per_device is not None
-        minibatches = 1 if suggested else _minibatches(enable_minibatching)
-        return minibatches * suggested_capacity(stack, plan.num_sparsecores_per_device, plan.num_sparsecores)
-
-    return {stack.name: size(stack) for stack in plan.stacks}
+    return {
+        stack.name: suggested_capacity(stack, placed[1], plan.num_sparsecores, enable_minibatching)
+        for stack in plan.stacks
+    }
