@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import all_reduce_process
 import pytest
 
 import embax
@@ -210,6 +211,17 @@ def test_processes_with_different_keys_all_get_an_error(two_processes):
             results["keys differ"],
         )
         assert results["afterwards"] == 5
+
+
+def test_processes_pack_as_one_would(two_processes):
+    """The second process alone is beyond a limit, and both get the minibatches of one process with four devices."""
+    specs, ids = all_reduce_process.problem()
+    packed = embax.preprocess(ids, specs=specs, enable_minibatching=True)
+    assert int(packed.num_minibatches[0]) > 1
+    alone = embax.preprocess([ids[0][:128]], specs=specs, num_local_devices=2)
+    assert alone.stats.max_ids_per_partition["t"].max() <= 16
+    got = [device for results in two_processes for device in results["packed"]]
+    assert got == [all_reduce_process.summary(packed, device) for device in range(4)]
 
 
 def test_processes_reduce_in_their_main_thread_only(two_processes):
