@@ -5,6 +5,7 @@ from embax._matmul import lookup as lookup
 from embax._matmul import read_rows as read_rows
 from embax._ops.backend import use_backend as use_backend
 from embax._preprocess.buffers import PreprocessedInput as PreprocessedInput
+from embax._preprocess.coo import SparseCoo as SparseCoo
 from embax._preprocess.inputs import Ragged as Ragged
 from embax._preprocess.pack import preprocess as preprocess
 from embax._preprocess.stats import SparseDenseMatmulInputStats as SparseDenseMatmulInputStats
