@@ -8,6 +8,8 @@ from embax._preprocess.buffers import PreprocessedInput as PreprocessedInput
 from embax._preprocess.coo import SparseCoo as SparseCoo
 from embax._preprocess.inputs import Ragged as Ragged
 from embax._preprocess.pack import preprocess as preprocess
+from embax._preprocess.sequences import flatten_sequences as flatten_sequences
+from embax._preprocess.sequences import unflatten_sequences as unflatten_sequences
 from embax._preprocess.stats import SparseDenseMatmulInputStats as SparseDenseMatmulInputStats
 from embax._specs import FeatureIdTransformation as FeatureIdTransformation
 from embax._specs import FeatureSpec as FeatureSpec
