@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embax
@@ -34,6 +34,7 @@ def test_physical_rows_are_distinct_and_on_the_owner(places):
 
 
 @given(PLACES)
+@settings(max_examples=40)  # JAX compiles each shape.
 def test_put_and_take_are_inverse_and_touch_nothing_else(places):
     vocabulary, num, _, _ = places
     table, shape = place(*places)
@@ -45,6 +46,137 @@ def test_put_and_take_are_inverse_and_touch_nothing_else(places):
     rows = layout.physical_rows(np.arange(vocabulary), table.rows, shape[0], num)
     np.testing.assert_array_equal(stacked[rows, :3], values)
     assert (stacked == -1).sum() == stacked.size - values.size
+
+
+@st.composite
+def placed_specs(draw):
+    """Features of one to four tables, some stacked and some alone, on any number of devices and SparseCores."""
+    devices, sparsecores = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    sizes = st.integers(1, 60) | st.just(8 * devices * sparsecores)
+    tables = [
+        oracle.table_spec(f"t{number}", draw(sizes), draw(st.integers(1, 8)))
+        for number in range(draw(st.integers(1, 4)))
+    ]
+    specs = {table.name: oracle.feature_spec(table.name, table) for table in tables}
+    stacked = draw(st.lists(st.sampled_from(sorted(specs)), unique=True, max_size=4))
+    if stacked:
+        rotation = draw(st.sampled_from([None, 0, 2, -1]))
+        embax.stack_tables(specs, stacked, devices, sparsecores, rotation, stack_name="stack")
+    return embax.prepare_feature_specs_for_training(specs, devices, sparsecores)
+
+
+def rows_of(table):
+    """The physical row of each id, by the formula of the layout alone."""
+    setting, stack = table.setting_in_stack, table.stacked_table_spec
+    N = stack.num_devices * stack.num_sparsecores_per_device
+    return [
+        ((r % N + setting.shard_rotation) % N) * (stack.stack_vocab_size // N) + r // N + setting.row_offset_in_shard
+        for r in range(table.vocabulary_size)
+    ]
+
+
+@given(placed_specs())
+@settings(max_examples=60)
+def test_row_ids_are_those_of_the_formula_and_inverse(specs):
+    names = list(embax.get_table_specs(specs))
+    held = {name: {} for name in embax.get_stacked_table_specs(specs)}
+    for number, (name, table) in enumerate(embax.get_table_specs(specs).items()):
+        rows = rows_of(table)
+        ids = np.arange(table.vocabulary_size)
+        np.testing.assert_array_equal(embax.physical_row_ids(name, ids, specs=specs), rows)
+        assert embax.physical_row_ids(name, table.vocabulary_size - 1, specs=specs) == rows[-1]
+        for id_, row in enumerate(rows):
+            held[table.stacked_table_spec.stack_name][row] = (number, id_)
+    for name, stack in embax.get_stacked_table_specs(specs).items():
+        expected = [held[name].get(row, (-1, -1)) for row in range(stack.stack_vocab_size)]
+        found = embax.logical_row_ids(name, np.arange(stack.stack_vocab_size), specs=specs)
+        np.testing.assert_array_equal(np.stack(found, axis=1), expected)
+        index, id_ = embax.logical_row_ids(name, stack.stack_vocab_size - 1, specs=specs)
+        assert (index, id_) == expected[-1]
+        if id_ >= 0:
+            assert embax.physical_row_ids(names[index], id_, specs=specs) == stack.stack_vocab_size - 1
+
+
+def two_tables(devices=2, sparsecores=3, vocabularies=(10, 60)):
+    """Tables a and b of one stack "a_b"."""
+    tables = [oracle.table_spec(name, rows, 5) for name, rows in zip("ab", vocabularies, strict=True)]
+    specs = [oracle.feature_spec(table.name, table) for table in tables]
+    return embax.stack_tables(specs, ["a", "b"], devices, sparsecores)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.uint64])
+def test_row_ids_keep_kind_and_shape(dtype):
+    specs = two_tables(vocabularies=(10, 1000))  # More rows than the narrow types hold.
+    ids = np.arange(60).reshape(3, 4, 5).astype(dtype)
+    expected = np.reshape(rows_of(specs[1].table_spec)[:60], ids.shape)
+    rows = embax.physical_row_ids("b", ids, specs=specs)
+    assert isinstance(rows, np.ndarray)
+    np.testing.assert_array_equal(rows, expected, strict=True)
+    back = embax.logical_row_ids("a_b", rows.astype(np.uint32), specs=specs)
+    np.testing.assert_array_equal(back.ids, ids)
+    np.testing.assert_array_equal(back.table_indices, np.ones_like(ids))
+    if ids.itemsize < 8:
+        physical, logical = (
+            lambda ids: embax.physical_row_ids("b", ids, specs=specs),
+            lambda rows: embax.logical_row_ids("a_b", rows, specs=specs),
+        )
+        for transform in (lambda function: function, jax.jit):
+            rows = transform(physical)(jnp.asarray(ids))
+            assert isinstance(rows, jax.Array)
+            np.testing.assert_array_equal(rows, expected.astype(np.int32), strict=True)
+            back = transform(logical)(rows)
+            np.testing.assert_array_equal(back.ids, ids.astype(np.int32), strict=True)
+            np.testing.assert_array_equal(back.table_indices, np.ones_like(ids, np.int32), strict=True)
+    assert isinstance(embax.physical_row_ids("b", 7, specs=specs), int)
+    assert isinstance(embax.logical_row_ids("a_b", 7, specs=specs).ids, int)
+
+
+def test_traced_row_ids_that_cannot_be_checked():
+    specs = two_tables()
+    bad = np.array([-1, 9, 10, 2**31 - 1, -(2**31)], np.int32)
+    rows = jax.jit(lambda ids: embax.physical_row_ids("a", ids, specs=specs))(bad)
+    end = specs[0].table_spec.stacked_table_spec.stack_vocab_size
+    assert rows.tolist() == [end, rows_of(specs[0].table_spec)[9], end, end, end]
+    found = jax.jit(lambda rows: embax.logical_row_ids("a_b", rows, specs=specs))(np.array([-1, 0, end, 2**31 - 1]))
+    assert found.ids.tolist() == [-1, 0, -1, -1]
+    assert found.table_indices.tolist() == [-1, 0, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        (10, "Table 'a': an id is 10, outside the vocabulary of 10 rows (ids 0 to 9). Remove it, map it"),
+        (-1, "an id is -1, outside"),
+        (2**70, f"an id is {2**70}, outside"),
+        (np.int8(-1), "an id is -1, outside"),
+        (np.array([[0, 1], [2, 10]]), "an id is 10 at index [1, 1], outside"),
+        (np.array([2**64 - 1], np.uint64), f"an id is {2**64 - 1} at index [0], outside"),
+        (jnp.array([3, -7]), "an id is -7 at index [1], outside"),
+        (1.0, "an id is a float; it must be an int or an integer array"),
+        (True, "an id is a bool; it"),
+        ([1, 2], "an id is a list; it"),
+        (np.array([1.0]), "an id is a float64 array; it"),
+        (jnp.array([True]), "an id is a bool array; it"),
+    ],
+)
+def test_ids_without_a_row(ids, text):
+    with pytest.raises(ValueError) as error:
+        embax.physical_row_ids("a", ids, specs=two_tables())
+    assert text in str(error.value)
+
+
+def test_rows_and_names_that_are_not_there():
+    specs = two_tables()
+    end = specs[0].table_spec.stacked_table_spec.stack_vocab_size
+    for row in (end, -1, np.array([0, end])):
+        with pytest.raises(
+            ValueError, match=rf"Stack 'a_b': a row is {np.max(row) if np.ndim(row) else row}.*of {end} rows"
+        ):
+            embax.logical_row_ids("a_b", row, specs=specs)
+    with pytest.raises(ValueError, match=r"no table 'c' in the specs; name one of \['a', 'b'\]"):
+        embax.physical_row_ids("c", 0, specs=specs)
+    with pytest.raises(ValueError, match=r"no stack 'a' in the specs; name one of \['a_b'\]"):
+        embax.logical_row_ids("a", 0, specs=specs)
 
 
 def initialized(num_sparsecores, vocabulary=1000, initializer=None, **fields):

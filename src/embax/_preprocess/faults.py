@@ -66,18 +66,19 @@ def _text(feature: FeaturePlan, combiner: str, flat: FlatFeature, fault: Fault) 
 
 
 def _id_text(feature: FeaturePlan, flat: FlatFeature, fault: Fault) -> str:
-    value = fault.value
+    value, position = fault.value, fault.position
+    row = fault.sample * flat.ids.shape[1] if flat.row_splits is None else int(flat.row_splits[fault.sample])
     if flat.given_ids is not None:
-        row = fault.sample * flat.ids.shape[1] if flat.row_splits is None else int(flat.row_splits[fault.sample])
         value = int(flat.given_ids[row + fault.position])
+    padding = "only in dense 2-d ids is -1 padding, ragged ids leave out what is not there."
+    if flat.coo is not None:
+        position = flat.coo.position(row + fault.position)
+        padding = "only in dense 2-d ids is -1 padding, sparse ids leave out what is not there."
+    elif flat.row_splits is None:
+        padding = "in dense ids -1 is padding."
     rows = feature.table.vocabulary_size
-    padding = (
-        "in dense ids -1 is padding."
-        if flat.row_splits is None
-        else "only in dense 2-d ids is -1 padding, ragged ids leave out what is not there."
-    )
     return (
-        f", sample {fault.sample}, position {fault.position}: id {value} is outside the vocabulary of table "
+        f", sample {fault.sample}, position {position}: id {value} is outside the vocabulary of table "
         f"{feature.table.name!r}, which has {rows} rows (ids 0 to {rows - 1}). Remove it, map it (for example id % "
         f"vocabulary_size), or give the table more rows; {padding}"
     )

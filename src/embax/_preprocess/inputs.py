@@ -6,20 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from embax._preprocess.arrays import ALLOWED, FLOAT32, INT32, INT64, describe, floats, host, integers, too_wide
+from embax._preprocess.coo import CooEntries, SparseCoo, read_coo, read_coo_weights
 from embax._stacking.plan import FeaturePlan
-
-_INT32 = np.dtype(np.int32)
-_INT64 = np.dtype(np.int64)
-_FLOAT32 = np.dtype(np.float32)
-_INT64_MAX = 2**63 - 1
-_ALLOWED = (
-    "Allowed are an integer array [batch, valency] in which -1 is padding, embax.Ragged(values, row_splits), and a "
-    "list or 1-d object array of 1-d integer arrays, one a sample."
-)
 
 
 @jax.tree_util.register_dataclass
@@ -53,6 +44,8 @@ class FlatFeature(NamedTuple):
     batch: int
     given_ids: np.ndarray | None = None
     """The ids as given, flat, where int64 does not hold them all."""
+    coo: CooEntries | None = None
+    """Where a `SparseCoo` has the ids, which are in the order of their samples here."""
 
 
 def flatten_like(skeleton: Any, treedef: Any, tree: Any, what: str) -> list[Any]:
@@ -104,55 +97,6 @@ def _difference(skeleton: Any, tree: Any, path: str) -> str | None:
     return found
 
 
-def _describe(leaf: Any) -> str:
-    if isinstance(leaf, (np.ndarray, jax.Array)):
-        kind = "NumPy" if isinstance(leaf, np.ndarray) else "JAX"
-        return f"a {kind} array of shape {leaf.shape} and dtype {leaf.dtype}"
-    return f"a {type(leaf).__name__}"
-
-
-def _host(owner: str, leaf: Any, what: str) -> Any:
-    """A JAX array as a NumPy array; anything else as it is."""
-    if not isinstance(leaf, jax.Array):
-        return leaf
-    if isinstance(leaf, Tracer):
-        raise ValueError(
-            f"{owner}: its {what} are traced by JAX. Packing runs on the host: call it outside jit, and pass its "
-            "result into the jitted function."
-        )
-    if not leaf.is_fully_addressable:
-        raise ValueError(
-            f"{owner}: its {what} are a JAX array spread over several processes; give every process its own part, for "
-            "example a NumPy array."
-        )
-    return np.asarray(leaf)
-
-
-def _integers(owner: str, array: np.ndarray, what: str = "ids") -> np.ndarray:
-    """`array` as int32 or int64; unsigned integers that int64 does not hold become its largest value."""
-    dtype = array.dtype
-    if dtype in (_INT32, _INT64):
-        return np.ascontiguousarray(array)
-    if dtype.kind not in "iu":
-        raise ValueError(
-            f"{owner}: its {what} are {_describe(array)}; they must be integers. Convert them, for example with "
-            f"{what}.astype(np.int64), if they are whole numbers. {_ALLOWED if what == 'ids' else ''}".rstrip()
-        )
-    if dtype.kind == "u" and dtype.itemsize == 8:
-        return np.minimum(array, np.uint64(_INT64_MAX)).astype(np.int64, order="C")
-    narrow = dtype.itemsize < 4 or (dtype.kind == "i" and dtype.itemsize == 4)
-    return array.astype(np.int32 if narrow else np.int64, order="C")
-
-
-def _floats(owner: str, array: np.ndarray) -> np.ndarray:
-    if array.dtype == _FLOAT32:
-        return np.ascontiguousarray(array)
-    if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iu"):
-        raise ValueError(f"{owner}: its weights are {_describe(array)}; they must be real numbers, such as float32.")
-    with np.errstate(over="ignore"):  # What float32 does not hold becomes infinite, which packing reports.
-        return array.astype(np.float32, order="C")
-
-
 def _fast_rows(rows: Any, dtypes: tuple[np.dtype, ...]) -> tuple[np.ndarray, np.ndarray] | None:
     """Values and row splits of rows that are all arrays of one of `dtypes`, or all lists of such numbers; else None."""
     kinds = set(map(type, rows))
@@ -182,37 +126,37 @@ def _splits_of(rows: Any) -> np.ndarray:
 def _rows(owner: str, rows: Any, what: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Values, row splits, and the values as given where int64 does not hold them."""
     is_ids = what == "ids"
-    fast = _fast_rows(rows, (_INT32, _INT64) if is_ids else (_FLOAT32, np.dtype(np.float64)))
+    fast = _fast_rows(rows, (INT32, INT64) if is_ids else (FLOAT32, np.dtype(np.float64)))
     if fast is not None:
         values, splits = fast
-        return (values if is_ids else _floats(owner, values)), splits, None
+        return (values if is_ids else floats(owner, values)), splits, None
     arrays = []
     for sample, row in enumerate(rows):
         where = f"{owner}, sample {sample}"
         try:
-            array = np.asarray(_host(where, row, what))
+            array = np.asarray(host(where, row, what))
         except (ValueError, TypeError, OverflowError) as error:
             if isinstance(row, jax.Array):
                 raise
-            raise ValueError(f"{where}: its {what} are not an array of numbers ({error}). {_ALLOWED}") from None
+            raise ValueError(f"{where}: its {what} are not an array of numbers ({error}). {ALLOWED}") from None
         if array.ndim != 1:
             raise ValueError(
                 f"{where}: its {what} have {array.ndim} dimensions; in a list of samples each one must be a 1-d array "
-                f"or a list. {_ALLOWED}"
+                f"or a list. {ALLOWED}"
             )
         if array.size == 0:  # An empty list has no dtype of its own.
             array = np.zeros(0, np.int32 if is_ids else np.float32)
         elif is_ids:
-            _integers(where, array)
+            integers(where, array)
         else:
-            array = _floats(where, array)
+            array = floats(where, array)
         arrays.append(array)
     splits = _splits_of(arrays)
     if not arrays:
         return np.zeros(0, np.int32 if is_ids else np.float32), splits, None
     if not is_ids:
         return np.concatenate(arrays), splits, None
-    values = np.concatenate([_integers(owner, array) for array in arrays])
+    values = np.concatenate([integers(owner, array) for array in arrays])
     wide = any(array.dtype == np.uint64 for array in arrays)
     return values, splits, np.concatenate([array.astype(object) for array in arrays]) if wide else None
 
@@ -220,8 +164,8 @@ def _rows(owner: str, rows: Any, what: str) -> tuple[np.ndarray, np.ndarray, np.
 def _read_ids(feature: FeaturePlan, leaf: Any) -> FlatFeature:
     owner = f"Feature {feature.name!r}"
     if isinstance(leaf, Ragged):
-        given = np.asarray(_host(owner, leaf.values, "ids"))
-        splits = np.asarray(_host(owner, leaf.row_splits, "row_splits"))
+        given = np.asarray(host(owner, leaf.values, "ids"))
+        splits = np.asarray(host(owner, leaf.row_splits, "row_splits"))
         if given.ndim != 1 or splits.ndim != 1 or splits.size == 0:
             raise ValueError(
                 f"{owner}: its Ragged has values of shape {given.shape} and row_splits of shape {splits.shape}; they "
@@ -229,53 +173,54 @@ def _read_ids(feature: FeaturePlan, leaf: Any) -> FlatFeature:
             )
         if given.size == 0:
             given = given.astype(np.int32)
-        splits = _integers(owner, splits, "row_splits").astype(np.int64, copy=False)
-        return FlatFeature(_integers(owner, given), None, splits, splits.size - 1, _too_wide(given))
-    leaf = _host(owner, leaf, "ids")
+        splits = integers(owner, splits, "row_splits").astype(np.int64, copy=False)
+        return FlatFeature(integers(owner, given), None, splits, splits.size - 1, too_wide(given))
+    if isinstance(leaf, SparseCoo):
+        values, splits, given, entries = read_coo(owner, leaf)
+        return FlatFeature(values, None, splits, splits.size - 1, given, entries)
+    leaf = host(owner, leaf, "ids")
     if isinstance(leaf, (list, tuple)) or (isinstance(leaf, np.ndarray) and leaf.dtype == object and leaf.ndim == 1):
         values, splits, given = _rows(owner, leaf, "ids")
         return FlatFeature(values, None, splits, splits.size - 1, given)
     if not isinstance(leaf, np.ndarray):
-        raise ValueError(f"{owner}: its ids are {_describe(leaf)}. {_ALLOWED}")
-    ids = _integers(owner, leaf)
+        raise ValueError(f"{owner}: its ids are {describe(leaf)}. {ALLOWED}")
+    ids = integers(owner, leaf)
     if ids.ndim == 1 and feature.valency in (None, 1):
         ids = ids.reshape(-1, 1)
     if ids.ndim != 2:
         hint = f" (A 1-d array is taken where input_shape has one id a sample; here it has {feature.valency}.)"
         raise ValueError(
-            f"{owner}: its ids have shape {leaf.shape}; they must have 2 dimensions, [batch, valency]. {_ALLOWED}"
+            f"{owner}: its ids have shape {leaf.shape}; they must have 2 dimensions, [batch, valency]. {ALLOWED}"
             f"{hint if ids.ndim == 1 else ' Reshape them.'}"
         )
-    return FlatFeature(ids, None, None, ids.shape[0], _too_wide(leaf))
-
-
-def _too_wide(array: np.ndarray) -> np.ndarray | None:
-    return array.reshape(-1) if array.dtype == np.uint64 else None
+    return FlatFeature(ids, None, None, ids.shape[0], too_wide(leaf))
 
 
 def _read_weights(owner: str, flat: FlatFeature, leaf: Any, ids_shape: tuple[int, ...]) -> np.ndarray:
     splits = flat.row_splits
+    if flat.coo is not None:
+        return read_coo_weights(owner, leaf, flat.coo)
     if splits is None:
-        leaf = _host(owner, leaf, "weights")
+        leaf = host(owner, leaf, "weights")
         shape = np.shape(leaf) if isinstance(leaf, np.ndarray) else None
         if shape not in (ids_shape, flat.ids.shape):
             raise ValueError(
-                f"{owner}: its weights are {_describe(leaf)}, its ids have shape {ids_shape}; weights must be an array "
+                f"{owner}: its weights are {describe(leaf)}, its ids have shape {ids_shape}; weights must be an array "
                 "of the same shape, or None for ones."
             )
-        return _floats(owner, leaf).reshape(flat.ids.shape)
+        return floats(owner, leaf).reshape(flat.ids.shape)
     if isinstance(leaf, Ragged):
-        values = _floats(owner, np.asarray(_host(owner, leaf.values, "weights")))
-        theirs = np.asarray(_host(owner, leaf.row_splits, "row_splits"))
+        values = floats(owner, np.asarray(host(owner, leaf.values, "weights")))
+        theirs = np.asarray(host(owner, leaf.row_splits, "row_splits"))
     else:
-        leaf = _host(owner, leaf, "weights")
+        leaf = host(owner, leaf, "weights")
         if isinstance(leaf, np.ndarray) and leaf.dtype != object and leaf.ndim == 1:
-            values, theirs = _floats(owner, leaf), splits
+            values, theirs = floats(owner, leaf), splits
         elif isinstance(leaf, (list, tuple, np.ndarray)):
             values, theirs, _ = _rows(owner, leaf, "weights")
         else:
             raise ValueError(
-                f"{owner}: its weights are {_describe(leaf)}; for ragged ids they must be ragged in the same way (a "
+                f"{owner}: its weights are {describe(leaf)}; for ragged ids they must be ragged in the same way (a "
                 "list of 1-d arrays, or embax.Ragged), or None for ones."
             )
     if theirs.shape != splits.shape:
@@ -296,13 +241,7 @@ def read_feature(feature: FeaturePlan, ids: Any, weights: Any) -> FlatFeature:
     Raises:
         ValueError: names the feature, what was given and what is allowed.
     """
-    for what, leaf, filler in (("ids", ids, -1), ("weights", weights, 0)):
-        if isinstance(leaf, np.ma.MaskedArray):
-            raise ValueError(
-                f"Feature {feature.name!r}: its {what} are a masked array, whose mask would be lost. Fill the masked places: "
-                f"{what}.filled({filler})."
-            )
-    if type(ids) is np.ndarray and ids.ndim == 2 and ids.dtype in (_INT64, _INT32):
+    if type(ids) is np.ndarray and ids.ndim == 2 and ids.dtype in (INT64, INT32):
         flat = FlatFeature(np.ascontiguousarray(ids), None, None, ids.shape[0])  # The common case, made short.
     else:
         flat = _read_ids(feature, ids)

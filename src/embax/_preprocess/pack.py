@@ -66,11 +66,11 @@ def preprocess(
     Args:
         ids: a tree like `specs`. Each leaf holds the ids of a feature, for all devices of this process: an integer array
             `[batch, valency]` (NumPy or JAX) in which -1 is padding and contributes nothing, or `[batch]` where the
-            feature has one id a sample; `embax.Ragged(values, row_splits)`; or a list or object array of 1-d integer
-            arrays, one a sample. The batch divides by the number of devices of this process. Features may have
-            different batches, and these may differ from the ones in the specs.
-        weights: a tree like `specs` of finite weights shaped like the ids, None for a feature whose weights are all 1;
-            or None. They are used as float32.
+            feature has one id a sample; `embax.Ragged(values, row_splits)`; `embax.SparseCoo(indices, values,
+            dense_shape)`; or a list or object array of 1-d integer arrays, one a sample. The batch divides by the number of
+            devices of this process. Features may have different batches, and these may differ from the ones in the specs.
+        weights: a tree like `specs` of finite weights in the form of the ids, or of a 1-d array in the order of ragged or
+            sparse ones, None for a feature whose weights are all 1; or None. They are used as float32.
         specs: the placed feature tree (see `embax.prepare_feature_specs_for_training`).
         limits: what happens to a batch that exceeds the limits in the specs (`max_ids_per_partition`,
             `max_unique_ids_per_partition`, `suggested_coo_buffer_size_per_device`): "raise" an error; "grow" the limits

@@ -4,8 +4,10 @@ With `N` SparseCores, row `r` of a table lies on SparseCore `(r + rotation) % N`
 there; the stack holds the rows of SparseCore 0, then those of SparseCore 1, and so on.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,6 +25,29 @@ def physical_rows(ids: Any, placement: RowPlacement, num_rows: int, num_sparseco
     """
     sparsecore = (ids % num_sparsecores + placement.rotation) % num_sparsecores
     return sparsecore * (num_rows // num_sparsecores) + placement.row_offset_in_shard + ids // num_sparsecores
+
+
+def logical_rows(
+    rows: Any, placements: Sequence[RowPlacement], num_rows: int, num_sparsecores: int
+) -> tuple[Any, Any, Any]:
+    """The tables and their rows that rows `rows` of the stack hold, the inverse of `physical_rows`.
+
+    Args:
+        rows: integer array of any shape, NumPy or JAX, each in `[0, num_rows)`.
+        placements: the places of all tables of the stack, by ascending `row_offset_in_shard`.
+        num_rows: rows of the stack.
+        num_sparsecores: SparseCores that it is laid out for.
+
+    Returns:
+        Three arrays like `rows`: index into `placements`; row of that table; and whether it is one, and not padding.
+    """
+    xp: Any = jnp if isinstance(rows, jax.Array) else np
+    columns: Any = [xp.asarray(column, rows.dtype) for column in zip(*placements, strict=True)]
+    vocabularies, offsets, rotations = columns
+    sparsecore, row = divmod(rows, num_rows // num_sparsecores)
+    table = xp.clip(xp.searchsorted(offsets, row, side="right") - 1, 0, len(placements) - 1)
+    ids = (row - offsets[table]) * num_sparsecores + (sparsecore - rotations[table]) % num_sparsecores
+    return table, ids, (ids >= 0) & (ids < vocabularies[table])
 
 
 def take_table(stacked: Any, table: TablePlan, num_sparsecores: int) -> Any:
@@ -60,3 +85,29 @@ def put_table(stacked: np.ndarray, values: np.ndarray, table: TablePlan, num_spa
         sparsecore = (remainder + table.rows.rotation) % num_sparsecores
         start = table.rows.row_offset_in_shard
         shards[sparsecore, start : start + len(rows), : table.embedding_dim] = rows
+
+
+def join_tables(
+    filler: Any, values: Sequence[Any], tables: Sequence[TablePlan], shape: tuple[int, int], num_sparsecores: int
+) -> Any:
+    """The stack that holds all its tables: what filling it and `put_table` of each make, in JAX.
+
+    Moves whole blocks, so that XLA exchanges sharded tables block by block; a scatter by rows would gather each table on
+    every device.
+
+    Args:
+        filler: scalar array of the tables' dtype, what belongs to no table.
+        values: [vocabulary_size, embedding_dim] array of each table.
+        tables: all tables of the stack, by ascending `row_offset_in_shard`, the first at 0.
+        shape: rows and columns of the stack.
+        num_sparsecores: SparseCores that the stack is laid out for.
+    """
+    num_rows, dim = shape
+    ends = [*(table.rows.row_offset_in_shard for table in tables[1:]), num_rows // num_sparsecores]
+    blocks = []
+    for value, table, end in zip(values, tables, ends, strict=True):
+        padding = (end - table.rows.row_offset_in_shard) * num_sparsecores - table.vocabulary_size
+        padded = jnp.pad(value, ((0, padding), (0, dim - table.embedding_dim)), constant_values=filler)
+        by_sparsecore = jnp.swapaxes(padded.reshape(-1, num_sparsecores, dim), 0, 1)
+        blocks.append(jnp.roll(by_sparsecore, table.rows.rotation, axis=0))
+    return jnp.concatenate(blocks, axis=1).reshape(shape)
