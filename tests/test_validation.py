@@ -120,3 +120,19 @@ def test_trusted_ids_that_are_bad_crash_nothing(backend, sparsecores):
         jax.block_until_ready(new)
         assert activations["f"].shape == (500, 8)
     assert packed.stats.invalid_ids == {}
+
+
+def test_sparse_coordinates_are_validated_as_all_others():
+    indices = np.array([[1, 7], [0, 2], [1, 3]])
+    ids, weights = np.array([5, 99, 4]), np.array([np.nan, 1, 1], np.float32)
+    coo = embax.SparseCoo(indices, ids, (2, 8))
+    specs = specs_of()
+    with pytest.raises(ValueError, match="sample 0, position 2: id 99"):
+        embax.preprocess({"f": coo}, {"f": weights}, specs=specs)
+    good = embax.SparseCoo(indices, np.array([5, 6, 4]), (2, 8))
+    with pytest.raises(ValueError, match="sample 1, position 7: the weight is nan"):
+        embax.preprocess({"f": good}, {"f": weights}, specs=specs)
+    packed = embax.preprocess({"f": coo}, {"f": weights}, specs=specs, validation="drop")
+    assert packed.stats.invalid_ids == {"f": 2}
+    same = embax.preprocess({"f": [[], [4]]}, specs=specs)
+    assert packed.row_pointers.tolist() == same.row_pointers.tolist()
