@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 CONSTRAINTS ?=
+FUZZ_SECONDS ?= 60
+FUZZ_SEED ?= 1
 
 BIN := $(VENV)/bin
 # What builds the wheel has an environment of its own: it needs the oldest supported jaxlib, the tests the newest. It stays,
@@ -19,7 +21,7 @@ SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
   $(shell find src csrc -name __pycache__ -prune -o -path csrc/tests -prune -o -print)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-versions test-native test-reference reference bench bench-packing prove-in-place lint format clean
+.PHONY: help demo test test-versions test-native test-reference reference fuzz bench bench-packing prove-in-place lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
@@ -40,6 +42,10 @@ test-reference: reference ## Compare stacking and packing with the released refe
 test-native: $(TOOLS)/.tools ## Run the C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(call native_tests,asan,address$(,)undefined)
 	$(call native_tests,tsan,thread)
+
+fuzz: $(TOOLS)/.tools ## Fuzz packing under the sanitizers (FUZZ_SECONDS=60 FUZZ_SEED=1)
+	$(call native_build,fuzz,address$(,)undefined,embax_fuzzers,-DEMBAX_FUZZER=ON)
+	cd build/fuzz && csrc/tests/pack_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 bench: $(VENV)/.embax $(VENV)/.test ## Run the benchmarks
 	$(BIN)/python -m benchmarks.run
@@ -63,10 +69,15 @@ clean: ## Remove everything that was built
 	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .hypothesis
 
 , := ,
-define native_tests
+define native_build
 	@cd $(CURDIR) && PATH="$(abspath $(TOOLS))/bin:$$PATH" && set -x && \
-	  cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEMBAX_TESTS=ON -DEMBAX_SANITIZE=$(2) && \
-	  cmake --build build/$(1) --target embax_tests && ctest --test-dir build/$(1) --output-on-failure --no-tests=error
+	  cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEMBAX_TESTS=ON -DEMBAX_SANITIZE=$(2) $(4) && \
+	  cmake --build build/$(1) --target $(3)
+endef
+define native_tests
+	$(call native_build,$(1),$(2),embax_tests)
+	@cd $(CURDIR) && PATH="$(abspath $(TOOLS))/bin:$$PATH" && \
+	  ctest --test-dir build/$(1) --output-on-failure --no-tests=error
 endef
 
 reference:
