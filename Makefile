@@ -4,18 +4,24 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 CONSTRAINTS ?=
+FUZZ_SECONDS ?= 60
+FUZZ_SEED ?= 1
 
 BIN := $(VENV)/bin
 # What builds the wheel has an environment of its own: it needs the oldest supported jaxlib, the tests the newest. It stays,
 # and so does the build directory of CMake beside it, so that only what changed is compiled again.
 TOOLS := $(VENV)/tools
 PIP := -m pip --disable-pip-version-check
+# embax beside the released reference, in an environment of their own: embax does not depend on it, and its wheels need
+# Python 3.12.
+REFERENCE := build/venv-reference
+REFERENCE_VERSION := 0.2.0
 # Directories too: their time changes when a file is added or removed.
 SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
   $(shell find src csrc -name __pycache__ -prune -o -path csrc/tests -prune -o -print)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-versions test-native bench prove-in-place lint format clean
+.PHONY: help demo test test-versions test-native test-reference reference fuzz bench bench-packing prove-in-place lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
@@ -30,12 +36,22 @@ test-versions: ## Run all tests with the oldest and with the newest supported Py
 	$(MAKE) test VENV=build/venv-oldest PYTHON="$$(.ci/find-python oldest)" CONSTRAINTS=.ci/oldest.txt
 	$(MAKE) test VENV=build/venv-newest PYTHON="$$(.ci/find-python newest)"
 
+test-reference: reference ## Compare stacking and packing with the released reference, jax-tpu-embedding, bit for bit
+	$(REFERENCE)/bin/python -m pytest tests/test_against_reference.py $(PYTEST_ARGS)
+
 test-native: $(TOOLS)/.tools ## Run the C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(call native_tests,asan,address$(,)undefined)
 	$(call native_tests,tsan,thread)
 
+fuzz: $(TOOLS)/.tools ## Fuzz packing under the sanitizers (FUZZ_SECONDS=60 FUZZ_SEED=1)
+	$(call native_build,fuzz,address$(,)undefined,embax_fuzzers,-DEMBAX_FUZZER=ON)
+	cd build/fuzz && csrc/tests/pack_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+
 bench: $(VENV)/.embax $(VENV)/.test ## Run the benchmarks
 	$(BIN)/python -m benchmarks.run
+
+bench-packing: reference ## Time packing beside the released reference
+	$(REFERENCE)/bin/python -m benchmarks.packing
 
 prove-in-place: $(VENV)/.embax $(VENV)/.test ## Prove that a step's memory does not depend on the vocabulary
 	$(BIN)/python benchmarks/prove_in_place.py
@@ -53,11 +69,23 @@ clean: ## Remove everything that was built
 	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .hypothesis
 
 , := ,
-define native_tests
+define native_build
 	@cd $(CURDIR) && PATH="$(abspath $(TOOLS))/bin:$$PATH" && set -x && \
-	  cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEMBAX_TESTS=ON -DEMBAX_SANITIZE=$(2) && \
-	  cmake --build build/$(1) --target embax_tests && ctest --test-dir build/$(1) --output-on-failure --no-tests=error
+	  cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEMBAX_TESTS=ON -DEMBAX_SANITIZE=$(2) $(4) && \
+	  cmake --build build/$(1) --target $(3)
 endef
+define native_tests
+	$(call native_build,$(1),$(2),embax_tests)
+	@cd $(CURDIR) && PATH="$(abspath $(TOOLS))/bin:$$PATH" && \
+	  ctest --test-dir build/$(1) --output-on-failure --no-tests=error
+endef
+
+reference:
+	$(MAKE) $(REFERENCE)/.reference VENV=$(REFERENCE) PYTHON="$$(.ci/find-python newest)"
+
+$(VENV)/.reference: Makefile | $(VENV)/.embax $(VENV)/.test
+	$(BIN)/python $(PIP) install --quiet jax-tpu-embedding==$(REFERENCE_VERSION)
+	@touch $@
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("embax needs Python 3.11 or newer: set PYTHON=python3.11 or the like.")'

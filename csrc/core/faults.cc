@@ -60,7 +60,10 @@ PackError FindFeatureFault(const PackFeature& feature, Combiner combiner, Valida
 PackError FindFault(const PackRequest& request) {
   std::vector<Combiner> combiners(request.features.size(), Combiner::kSum);
   for (const PackStack& stack : request.stacks) {
-    for (const int32_t number : stack.features) combiners[number] = stack.combiner;
+    for (const int32_t number : stack.features) {
+      // A stack behind the one that was being checked may name features that there are not.
+      if (number >= 0 && number < static_cast<int64_t>(combiners.size())) combiners[number] = stack.combiner;
+    }
   }
   for (size_t number = 0; number < request.features.size(); ++number) {
     const PackFeature& feature = request.features[number];

@@ -85,7 +85,9 @@ PackError SortedBatch::Prepare(const PackRequest& request) {
   const int64_t num_stacks = static_cast<int64_t>(request.stacks.size());
   const int64_t parts = num_local_devices_ * sparsecores_per_device_;
   for (const PackFeature& feature : request.features) {
-    if (feature.batch < 0 || feature.batch % num_local_devices_ != 0 || feature.valency < 0 || feature.num_ids < 0 ||
+    // Far above what any memory holds, but samples without ids take none; sums of batches must not overflow.
+    if (feature.batch < 0 || feature.batch > INT64_MAX / 4 || feature.batch % num_local_devices_ != 0 ||
+        feature.valency < 0 || feature.num_ids < 0 ||
         (feature.row_splits == nullptr &&
          (feature.valency != 0 && feature.batch > feature.num_ids / feature.valency))) {
       return RequestFault(2);
