@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/buffer_pool.h"
 #include "core/pack.h"
 #include "kernels/ffi.h"
 #include "kernels/rows.h"
@@ -223,6 +224,13 @@ void WriteBatch(const Sorted& sorted, Int64Matrix placements, Int32Output row_po
   if (!fits) throw nb::value_error("the arrays do not hold the batch at these placements");
 }
 
+nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> EmptyBuffer(int64_t bytes) {
+  if (bytes < 0) throw nb::value_error("bytes must not be negative");
+  void* data = embax::TakeBuffer(bytes);
+  nb::capsule owner(data, [](void* buffer) noexcept { embax::GiveBuffer(buffer); });
+  return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(data, {static_cast<size_t>(bytes)}, owner);
+}
+
 nb::dict FfiHandlers() {
   nb::dict handlers;
   for (const embax::FfiHandler* entry = embax::kFfiHandlers; entry->name != nullptr; ++entry) {
@@ -270,6 +278,8 @@ NB_MODULE(_native, m) {
         nb::arg("row_pointers").noconvert(), nb::arg("ids").noconvert(), nb::arg("samples").noconvert(),
         nb::arg("gains").noconvert(), nb::arg("num_local_devices"), nb::arg("minibatches"), nb::arg("threads"),
         "Writes a sorted batch into arrays of all stacks, at (row_pointers_start, entries_start, capacity) each.");
+  m.def("empty_buffer", &EmptyBuffer, nb::arg("bytes"),
+        "uint8[bytes] without values, at a multiple of 64. Its memory is kept for a later call once nothing refers to it.");
   m.def("ffi_handlers", &FfiHandlers, "Capsules of the XLA FFI handlers by target name.");
   m.def("row_rules", &RowRules, "(number, slots, hyperparameters) of each optimizer's row rule, by name.");
   m.def("simd", [] { return embax::SelectRowKernels().isa; }, "Instruction set of the row kernels that were chosen.");

@@ -23,14 +23,19 @@ inline float UnitDivisor(Combiner combiner, int64_t count) {
   return combiner == Combiner::kSqrtn ? std::sqrt(sum) : sum;
 }
 
-// The combiner's divisor of a row: its weights are summed one after another in float32.
+// sum + weight^2, the square not rounded, as a fused multiply-add has it. In double, which every machine rounds alike.
+inline float AddSquare(float sum, float weight) {
+  return static_cast<float>(static_cast<double>(weight) * weight + sum);
+}
+
+// The combiner's divisor of a row: its weights, or their squares, are summed one after another in float32.
 inline float Divisor(Combiner combiner, const float* weights, int64_t count) {
   float sum = 0;
   if (combiner == Combiner::kMean) {
     for (int64_t i = 0; i < count; ++i) sum += weights[i];
     return sum;
   }
-  for (int64_t i = 0; i < count; ++i) sum += weights[i] * weights[i];
+  for (int64_t i = 0; i < count; ++i) sum = AddSquare(sum, weights[i]);
   return std::sqrt(sum);
 }
 

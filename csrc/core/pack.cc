@@ -134,8 +134,10 @@ PackError SortedBatch::Prepare(const PackRequest& request) {
         const PackFeature& feature = request.features[number];
         const Slice slice =
             SliceOf(feature, num_local_devices_, sparsecores_per_device_, task.device, task.sparsecore);
-        int64_t ids = (slice.end - slice.begin) * feature.valency;
-        if (feature.row_splits != nullptr) {
+        int64_t ids = 0;
+        if (feature.row_splits == nullptr) {
+          ids = (slice.end - slice.begin) * feature.valency;
+        } else {
           const int64_t begin = feature.row_splits[slice.begin], end = feature.row_splits[slice.end];
           if (begin < 0 || end < begin || end > feature.num_ids) return FindFault(request);
           ids = end - begin;
@@ -170,7 +172,7 @@ PackError SortedBatch::Prepare(const PackRequest& request) {
   return PackError();
 }
 
-bool SortedBatch::SortTask(const PackRequest& request, const Task& task, int64_t number) {
+bool SortedBatch::SortTask(const PackRequest& request, Task& task, int64_t number) {
   Scratch& scratch = ThreadScratch();
   const PackStack& stack = request.stacks[task.stack];
   const int64_t rows = stacks_[task.stack].rows;
@@ -218,9 +220,12 @@ bool SortedBatch::SortTask(const PackRequest& request, const Task& task, int64_t
   }
   const uint64_t* sorted = RadixSort(digits, count, from, to);
 
+  // Without an id that a sample names twice, ids of gain 1 are entries of gain 1.
+  if (gains == Gains::kUnit && !task.unit_gains) task.unit_gains = std::adjacent_find(sorted, sorted + count) == sorted + count;
+  if (task.unit_gains && sorted != own) std::copy_n(sorted, count, own);
+
   int32_t* counts = counts_.data() + number * num_sparsecores_;
   int32_t* unique_counts = unique_counts_.data() + number * num_sparsecores_;
-  if (task.unit_gains && sorted != own) std::copy_n(sorted, count, own);
   float* own_gains = task.unit_gains ? nullptr : gains_.data() + task.start;
   int32_t* multiplicities = task.unit_gains || !count_merged_ ? nullptr : multiplicities_.data() + task.start;
   const MergeFunction merge = MergeFor(gains, multiplicities != nullptr);

@@ -197,7 +197,7 @@ class SortedBatch {
   };
 
   PackError Prepare(const PackRequest& request);
-  bool SortTask(const PackRequest& request, const Task& task, int64_t number);
+  bool SortTask(const PackRequest& request, Task& task, int64_t number);
   void FormTask(const Task& task, int64_t number, const uint8_t* minibatch_of, int64_t size, int32_t* counts,
                 int32_t* unique_counts);
   void WriteTask(const Task& task, int64_t number, int64_t start, PackLayout layout, const PackPlacement& placement,

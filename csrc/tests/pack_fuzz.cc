@@ -218,7 +218,7 @@ PackFault FeatureFault(const PackFeature& feature, Combiner combiner) {
       if (id < 0 || id >= feature.vocabulary) return PackFault::kId;
       const float weight = feature.weights != nullptr ? feature.weights[i] : 1.0f;
       if (!std::isfinite(weight)) return PackFault::kWeight;
-      sum += combiner == Combiner::kSqrtn ? weight * weight : weight;
+      sum = combiner == Combiner::kSqrtn ? static_cast<float>(double{weight} * weight + sum) : sum + weight;
     }
     if (combiner == Combiner::kSum) continue;
     const float divisor = combiner == Combiner::kSqrtn ? std::sqrt(sum) : sum;
@@ -261,7 +261,7 @@ Entries EntriesOf(const PackRequest& request, const PackStack& stack, int64_t pa
       float sum = 0;
       for (int64_t j = begin; j < end; ++j) {
         const float weight = IdAt(feature, j) == -1 ? 0.0f : feature.weights ? feature.weights[j] : 1.0f;
-        sum += stack.combiner == Combiner::kMean ? weight : weight * weight;
+        sum = stack.combiner == Combiner::kMean ? sum + weight : static_cast<float>(double{weight} * weight + sum);
       }
       const float divisor = stack.combiner == Combiner::kSum    ? 1.0f
                             : stack.combiner == Combiner::kMean ? sum
@@ -403,7 +403,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     needed = std::max<int64_t>(needed, batch->required()[part]);
   }
   const bool fits = !problem.too_small || needed == 0;
-  EXPECT(batch->Write(packed.placements, packed.arrays, problem.write_threads) == fits);
+  EXPECT(batch->Write(packed.placements, packed.arrays, embax::PackLayout::kShares, problem.write_threads) == fits);
   if (fits) {
     CheckPacked(request, *batch, packed);
   } else {

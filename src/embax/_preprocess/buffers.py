@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from embax import _native
 from embax._checks import next_multiple
 from embax._preprocess.stats import SparseDenseMatmulInputStats
 from embax._stacking.plan import FeaturePlan, Plan, StackPlan
@@ -181,8 +182,7 @@ def empty_arrays(layout: PackedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """
     sizes = [(shape[0], dtype) for shape, dtype in array_shapes(layout)]
     strides = [next_multiple(4 * size, BUFFER_ALIGNMENT) for size, _ in sizes]
-    memory = np.empty(sum(strides) + BUFFER_ALIGNMENT, np.uint8)
-    start = -memory.__array_interface__["data"][0] % BUFFER_ALIGNMENT
+    memory, start = _native.empty_buffer(sum(strides)), 0
     arrays = []
     for (size, dtype), stride in zip(sizes, strides, strict=True):
         arrays.append(np.frombuffer(memory, dtype, size, start))

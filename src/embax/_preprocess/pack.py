@@ -60,8 +60,8 @@ def preprocess(
     """Packs a batch of ids on the host: partitions them by the SparseCore that owns their rows, sorts, merges, pads.
 
     An id of a sample enters it with a gain: its weight `w` for combiner "sum", `w / sum(w)` for "mean" and
-    `w / sqrt(sum(w^2))` for "sqrtn", with sums over the ids of the sample (in float32, one after another; 0 where a
-    sum is 0). Gains of equal ids of a sample are added.
+    `w / sqrt(sum(w^2))` for "sqrtn", with sums over the ids of the sample (in float32, one after another, squares not
+    rounded before they are added; 0 where a sum is 0). Gains of equal ids of a sample are added.
 
     Args:
         ids: a tree like `specs`. Each leaf holds the ids of a feature, for all devices of this process: an integer array

@@ -16,14 +16,16 @@ Weights = Sequence[Sequence[float]]
 def row_gains(combiner: str, given: Sequence[float]) -> list[np.float32]:
     """The gains of the ids of one sample: their weights, divided as the combiner says.
 
-    The sums run over the sample in float32, one weight after another; a sample whose sum is 0 has gains of 0.
+    The sums run over the sample in float32, one weight after another, where squares are not rounded before they are added;
+    a sample whose sum is 0 has gains of 0.
     """
     weights = [np.float32(weight) for weight in given]
     if combiner == "sum":
         return weights
     total = np.float32(0)
     for weight in weights:
-        total += weight if combiner == "mean" else weight * weight
+        square = np.float64(weight) * np.float64(weight)  # Exact.
+        total = total + weight if combiner == "mean" else np.float32(square + np.float64(total))
     divisor = total if combiner == "mean" else np.sqrt(total)
     return [weight / divisor if divisor != 0 else np.float32(0) for weight in weights]
 
