@@ -201,7 +201,7 @@ def test_arrays_and_layouts_that_lie_are_refused_before_the_tables_are_donated()
     for changes in (
         {"embedding_ids": packed.embedding_ids[:8]},
         {"gains": np.zeros(packed.gains.shape, np.int32)},
-        {"row_pointers": packed.row_pointers[None]},
+        {"row_pointers": packed.row_pointers[:, None]},
     ):
         with pytest.raises(ValueError, match=f"packed batch has {next(iter(changes))} of shape .*; its layout says"):
             step(variables, packed.replace(**changes))

@@ -13,7 +13,7 @@ from test_pack import assert_same_as_reference, make_feature, make_table, place
 
 import embax
 from embax import Ragged, SparseCoo
-from embax._preprocess.pack import Packer
+from embax._preprocess.packer import Packer
 
 COMBINERS = ["sum", "mean", "sqrtn"]
 

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 BATCH, DIM = 12, 8
 
 
-def feature_specs(optimizer=None):
-    table = oracle.table_spec("shared", 60, DIM, "mean", optimizer or embax.AdagradOptimizerSpec(0.1))
+def feature_specs(optimizer=None, **fields):
+    table = oracle.table_spec("shared", 60, DIM, "mean", optimizer or embax.AdagradOptimizerSpec(0.1), **fields)
     other = oracle.table_spec("other", 30, DIM, "sum", embax.SGDOptimizerSpec(0.1))
     return {
         "a": oracle.feature_spec("a", table, BATCH),
@@ -30,9 +30,9 @@ def feature_specs(optimizer=None):
 
 
 class Model(nnx.Module):
-    def __init__(self, seed=0, **options):
+    def __init__(self, seed=0, specs=None, **options):
         rngs = nnx.Rngs(seed)
-        self.embed = SparseCoreEmbed(feature_specs(), rngs=rngs, **options)
+        self.embed = SparseCoreEmbed(specs or feature_specs(), rngs=rngs, **options)
         self.dense = nnx.Linear(3 * DIM, 1, rngs=rngs)
 
     def __call__(self, packed):
@@ -261,3 +261,26 @@ def test_packing_in_another_thread_while_steps_run():
         for packed, (ids, labels) in zip(pool.map(lambda batch: packer(batch[0]), batches), batches, strict=True):
             train_step(model, optimizer, packed, labels)
             np.testing.assert_array_equal(packed.row_pointers, packer(ids).row_pointers)
+
+
+def test_minibatches_change_no_result_of_a_layer():
+    ids, labels = draw(np.random.default_rng(0))
+    states = []
+    for minibatching in (False, True):
+        model = Model(specs=feature_specs(max_ids_per_partition=2), enable_minibatching=minibatching)
+        optimizer = PartitionedOptimizer(model, optax.sgd(0.1))
+        packed = model.embed.preprocess(ids)
+        assert (packed.num_minibatches is not None) == minibatching
+        train_step(model, optimizer, packed, labels)
+        states.append(jax.tree.map(np.asarray, model.embed.embedding_table.get_value()))
+    assert int(packed.num_minibatches[0]) > 1
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *states)
+
+
+def test_a_layer_drops_what_is_not_valid():
+    layer = SparseCoreEmbed(feature_specs(), rngs=nnx.Rngs(0), validation="drop")
+    ids, _ = draw(np.random.default_rng(0))
+    spoilt = {name: np.array(leaf) for name, leaf in ids.items()}
+    name = next(iter(spoilt))
+    spoilt[name][0, 0] = 10**6
+    assert layer.preprocess(spoilt).stats.invalid_ids[name] == 1

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 import embax
 from embax._preprocess.buffers import PADDING_VALUE
 from embax._preprocess.inputs import Ragged
-from embax._preprocess.pack import Packer, preprocess
+from embax._preprocess.pack import preprocess
+from embax._preprocess.packer import Packer
 from embax._preprocess.reference import pack_reference
 from embax._specs import FeatureIdTransformation, StackedTableSpec, TableSettingInStack
 
@@ -72,9 +73,15 @@ def stack_by_hand(features, devices, sparsecores, rotation):
         row_offset += feature.output_shape[0]
 
 
-def assert_same_as_reference(packer, packed, rows, weights):
-    capacities = tuple(stack.capacity for stack in packed.layout.stacks)
-    expected, written = pack_reference(packer.plan, rows, weights, capacities, packer.num_local_devices)
+def limits_of(packed):
+    rows = [(s.max_ids_per_partition, s.max_unique_ids_per_partition, s.capacity) for s in packed.layout.stacks]
+    return np.array(rows, np.int64)
+
+
+def assert_same_as_reference(packer, packed, rows, weights, drop=False):
+    expected, written = pack_reference(
+        packer.plan, rows, weights, limits_of(packed), packer.num_local_devices, drop=drop
+    )
     assert packed.layout == expected.layout
     np.testing.assert_array_equal(packed.row_pointers, expected.row_pointers)
     for name, dtype in (("embedding_ids", np.int32), ("sample_ids", np.int32), ("gains", np.float32)):
@@ -157,16 +164,20 @@ def batches(draw):
     return Batch(specs, ids, weights, all_rows, all_weights, local_devices)
 
 
+class Fitting:
+    """Limits that hold the batch, and those of another number of devices."""
+
+    def __init__(self, packer):
+        self.sparsecores = packer.plan.num_sparsecores_per_device
+
+    def fit(self, counts):
+        return counts.needs(self.sparsecores, False) + np.array([0, 1, 8 * self.sparsecores])
+
+
 def pack(batch):
     """Packs with buffers that fit, on any number of local devices."""
     packer = Packer(batch.specs, limits="raise", num_local_devices=batch.local_devices)
-    S = packer.plan.num_sparsecores_per_device
-
-    class Fitting:
-        def fit(self, counts):
-            return tuple((int(required.max()) + 8) * S for required in counts.required)
-
-    packer._capacities = Fitting()
+    packer._limits = Fitting(packer)
     return packer, packer(batch.ids, batch.weights)
 
 
@@ -286,13 +297,13 @@ def test_leaves_what_lies_behind_the_last_partition_alone(monkeypatch):
     packer = Packer(specs, limits="raise")
     given_arrays = []
 
-    def marked(layout, empty=embax._preprocess.pack.empty_arrays):
+    def marked(layout, empty=embax._preprocess.packer.empty_arrays):
         given_arrays.extend(empty(layout))
         for array in given_arrays:
             array[:] = 77
         return tuple(given_arrays)
 
-    monkeypatch.setattr("embax._preprocess.pack.empty_arrays", marked)
+    monkeypatch.setattr("embax._preprocess.packer.empty_arrays", marked)
     packed = packer({"f": np.array([[0, 1, 2], [0, 1, 2]])})
     share = packed.layout.stacks[0].capacity // 2
     for array in (packed.embedding_ids, packed.sample_ids, packed.gains):
@@ -398,7 +409,7 @@ def test_growing_buffers_change_a_logarithmic_number_of_times():
         # Each stack grows at its own pace; left to themselves they would ask at different times.
         ids = {t.name: needs_of(2 * (size + int(rng.integers(0, 20)))) for t in tables}
         packed = packer(ids)
-        layouts.add(tuple(stack.capacity for stack in packed.layout.stacks))
+        layouts.add(limits_of(packed).tobytes())
         for stack in packer.plan.stacks:
             needed = packed.stats.required_buffer_size_per_sc[stack.name].max() * 2
             capacity = next(place_.capacity for place_ in packed.layout.stacks if place_.name == stack.name)

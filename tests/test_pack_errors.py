@@ -8,7 +8,8 @@ from test_pack import make_feature, make_table, place
 
 from embax import _native
 from embax._preprocess.inputs import Ragged
-from embax._preprocess.pack import Packer, preprocess
+from embax._preprocess.pack import preprocess
+from embax._preprocess.packer import Packer
 
 
 @pytest.fixture
@@ -255,8 +256,9 @@ def test_limits_of_ids():
     ids = {"f": np.array([[0], [0], [5], [1], [3], [5]])}  # SparseCore 1 has three odd ids.
     assert error_of(ids, specs=specs) == (
         "Stack 't': a SparseCore of local device 0 has 3 ids for the rows of SparseCore 1, above "
-        "max_ids_per_partition=2. Set max_ids_per_partition to at least 3 in the spec of 't' before it is placed, or "
-        'let buffers grow with limits="grow".'
+        "max_ids_per_partition=2. Call embax.update_preprocessing_parameters(specs, error.stats) with the stats of this "
+        "exception, which makes room for this batch, or set max_ids_per_partition to at least 3 in the spec of 't' before "
+        'it is placed, or let the limits grow with limits="grow".'
     )
     assert preprocess(ids, specs=specs, limits="grow").row_pointers.any()
 
@@ -268,7 +270,7 @@ def test_limits_of_distinct_ids():
     assert (
         "local device 1 has 3 distinct ids for the rows of SparseCore 1, above max_unique_ids_per_partition=2" in text
     )
-    assert "Set max_unique_ids_per_partition to at least 3" in text
+    assert "set max_unique_ids_per_partition to at least 3" in text
     assert preprocess({"f": np.array([[0], [0], [0], [1], [3], [3]])}, specs=specs).row_pointers.any()
 
 
@@ -278,18 +280,24 @@ def test_limits_of_buffers():
     ids = {"f": np.array([[0], [0], [0], [0], [1], [2]])}
     assert error_of(ids, specs=specs) == (
         "Stack 't': SparseCore 1 of local device 0 needs 16 entries of the packed buffer, above the 8 that it gets "
-        "from suggested_coo_buffer_size_per_device=16. Set suggested_coo_buffer_size_per_device to at least 32 in the "
-        "spec of 't' "
-        'before it is placed, or let buffers grow with limits="grow".'
+        "from suggested_coo_buffer_size_per_device=16. Call embax.update_preprocessing_parameters(specs, error.stats) with "
+        "the stats of this exception, which makes room for this batch, or set suggested_coo_buffer_size_per_device to at "
+        "least 32 in the spec of 't' before it is placed, or let the limits grow with limits=\"grow\"."
     )
     table = make_table(vocabulary=64, suggested_coo_buffer_size_per_device=32)
     assert preprocess(ids, specs=place({"f": make_feature("f", table)}, 1, 2)).row_pointers.any()
 
 
-@pytest.mark.parametrize("limits", ["drop", None, True, "Raise", ["grow"]])
+@pytest.mark.parametrize("limits", ["shrink", None, True, "Raise", ["grow"]])
 def test_unknown_limits(limits, specs, good):
     text = error_of({"watched": good, "liked": good}, specs=specs, limits=limits)
-    assert text == f'limits is {limits!r}; it must be "raise" or "grow".'
+    assert text == f"limits is {limits!r}; it must be one of 'raise', 'grow', 'drop'."
+
+
+@pytest.mark.parametrize("validation", ["grow", None, False, "Drop", {}])
+def test_unknown_validation(validation, specs, good):
+    text = error_of({"watched": good, "liked": good}, specs=specs, validation=validation)
+    assert text == f"validation is {validation!r}; it must be one of 'raise', 'drop', 'trust'."
 
 
 def test_local_devices(specs, good):
@@ -333,6 +341,8 @@ class TestNativeArguments:
             "num_local_devices": 1,
             "sparsecores_per_device": 1,
             "num_sparsecores": 1,
+            "validation": 0,
+            "count_merged": False,
             "threads": 1,
         }
         return arguments | changes
@@ -360,6 +370,8 @@ class TestNativeArguments:
             ({"stacks": np.array([[0, 8, -1]])}, ValueError),
             ({"order": np.array([1])}, ValueError),
             ({"order": np.array([-1])}, ValueError),
+            ({"validation": 3}, ValueError),
+            ({"validation": -1}, ValueError),
         ],
     )
     def test_refuses_wrong_arrays(self, changes, error):
@@ -388,15 +400,31 @@ class TestNativeArguments:
         assert _native.sort_batch(**self.arguments(**changes))[0] == 8
 
     def test_refuses_more_ids_than_int32_can_count(self):
-        # With so many partitions, 8 entries of padding each leave room for 7 ids.
-        changes = {"num_sparsecores": 2**28 - 1, "stacks": np.array([[0, 2**28 - 1, 1]])}
-        fault = _native.sort_batch(**self.arguments(ids=[np.zeros((2, 4), np.int32)], **changes))
-        assert (fault[0], fault[1], fault[4]) == (7, 0, 8)
+        # With so many partitions of 64 minibatches, 8 entries of padding each leave room for 511 ids.
+        changes = {"num_sparsecores": 2**22 - 1, "stacks": np.array([[0, 2**22 - 1, 1]])}
+        fault = _native.sort_batch(**self.arguments(ids=[np.zeros((8, 64), np.int32)], **changes))
+        assert (fault[0], fault[1], fault[4]) == (7, 0, 512)
+
+    @pytest.mark.parametrize("limits", [np.zeros((1, 2), int), np.zeros((2, 3), int), np.array([[1, 1, -1]])])
+    def test_refuses_wrong_limits(self, limits):
+        batch = _native.sort_batch(**self.arguments(count_merged=True))
+        with pytest.raises(ValueError, match="limits"):
+            _native.drop(batch, limits, False)
+        with pytest.raises(ValueError, match="limits"):
+            _native.minibatch_boundaries(batch, limits, 1)
+
+    def test_drops_whatever_comes_in_which_order(self):
+        # Without `count_merged`, each entry counts once; a second call, or one after minibatches, changes nothing unsound.
+        for count_merged in (False, True):
+            batch = _native.sort_batch(**self.arguments(count_merged=count_merged))
+            assert _native.drop(batch, np.array([[1, 1, 0]]), False).tolist() == [4 if count_merged else 2]
+            assert _native.form_minibatches(batch, 2**64 - 1, 1) == 1
+            assert _native.form_minibatches(_native.sort_batch(**self.arguments()), 2**64 - 1, 1) == 64
 
     def test_refuses_arrays_that_do_not_hold_the_batch(self):
         batch = _native.sort_batch(**self.arguments())
 
-        def write(placement=(0, 0, 8), pointers=8, entries=8, devices=1, **changes):
+        def write(placement=(0, 0, 8), pointers=8, entries=8, devices=1, minibatches=False, **changes):
             arrays = {
                 "row_pointers": np.zeros(pointers, np.int32),
                 "ids": np.zeros(entries, np.int32),
@@ -404,9 +432,11 @@ class TestNativeArguments:
                 "gains": np.zeros(entries, np.float32),
             }
             arrays |= changes
-            _native.write_batch(batch, np.array([placement]), **arrays, num_local_devices=devices, threads=1)
+            options = {"num_local_devices": devices, "minibatches": minibatches, "threads": 1}
+            _native.write_batch(batch, np.array([placement]), **arrays, **options)
 
         write()
+        write(minibatches=True, pointers=512)
         bad = (
             {"placement": (0, 0, 7)},
             {"placement": (0, 1, 8)},
@@ -419,6 +449,8 @@ class TestNativeArguments:
             {"entries": 7},
             {"devices": 0},
             {"devices": 2},
+            {"minibatches": True},  # Which need 64 times the row pointers.
+            {"minibatches": True, "pointers": 511},
             {"samples": np.zeros(9, np.int32)},
         )
         for changes in bad:

@@ -42,11 +42,12 @@ ReadOnlyArray AsArray(nb::handle object, const char* what, size_t number) {
   throw nb::value_error(text.c_str());
 }
 
-nb::ndarray<nb::numpy, int32_t, nb::ndim<1>> ToNumpy(const std::vector<int32_t>& values) {
-  auto* copy = new int32_t[std::max<size_t>(values.size(), 1)];
-  nb::capsule owner(copy, [](void* data) noexcept { delete[] static_cast<int32_t*>(data); });
+template <typename T>
+nb::ndarray<nb::numpy, T, nb::ndim<1>> ToNumpy(const std::vector<T>& values) {
+  auto* copy = new T[std::max<size_t>(values.size(), 1)];
+  nb::capsule owner(copy, [](void* data) noexcept { delete[] static_cast<T*>(data); });
   std::copy(values.begin(), values.end(), copy);
-  return nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>(copy, {values.size()}, owner);
+  return nb::ndarray<nb::numpy, T, nb::ndim<1>>(copy, {values.size()}, owner);
 }
 
 // Calls `body` with the interpreter lock released. Where the interpreter ends meanwhile, Python before 3.14 ends this thread
@@ -79,7 +80,7 @@ struct Sorted {
 
 nb::object SortBatch(const nb::list& ids, const nb::list& weights, const nb::list& row_splits, Int64Matrix features,
                     Int64Matrix stacks, Int64Vector order, int64_t num_local_devices, int64_t sparsecores_per_device,
-                    int64_t num_sparsecores, int64_t threads) {
+                    int64_t num_sparsecores, int64_t validation, bool count_merged, int64_t threads) {
   const size_t num_features = ids.size();
   if (weights.size() != num_features || row_splits.size() != num_features || features.shape(0) != num_features) {
     throw nb::value_error("ids, weights, row_splits and features must have one element a feature");
@@ -92,6 +93,9 @@ nb::object SortBatch(const nb::list& ids, const nb::list& weights, const nb::lis
   request.num_local_devices = num_local_devices;
   request.sparsecores_per_device = sparsecores_per_device;
   request.num_sparsecores = num_sparsecores;
+  if (validation < 0 || validation > 2) throw nb::value_error("validation must be 0 (raise), 1 (drop) or 2 (trust)");
+  request.validation = static_cast<embax::Validation>(validation);
+  request.count_merged = count_merged;
   request.features.resize(num_features);
   for (size_t i = 0; i < num_features; ++i) {
     embax::PackFeature& feature = request.features[i];
@@ -152,8 +156,46 @@ nb::object SortBatch(const nb::list& ids, const nb::list& weights, const nb::lis
   return nb::cast(std::move(sorted));
 }
 
+std::vector<embax::PackLimits> ToLimits(const Sorted& sorted, Int64Matrix limits) {
+  if (limits.shape(1) != 3 || static_cast<int64_t>(limits.shape(0)) != sorted.batch->num_stacks()) {
+    throw nb::value_error("limits must have a row for each stack, and 3 columns: max_ids, max_unique_ids, capacity");
+  }
+  std::vector<embax::PackLimits> result;
+  for (size_t i = 0; i < limits.shape(0); ++i) {
+    for (size_t j = 0; j < 3; ++j) {
+      if (limits(i, j) < 0) ThrowValueError("limits", i, "is negative");
+    }
+    result.push_back({limits(i, 0), limits(i, 1), limits(i, 2)});
+  }
+  return result;
+}
+
+embax::PackLayout ToLayout(bool minibatches) {
+  return minibatches ? embax::PackLayout::kMinibatches : embax::PackLayout::kShares;
+}
+
+uint64_t MinibatchBoundaries(const Sorted& sorted, Int64Matrix limits, int64_t threads) {
+  const std::vector<embax::PackLimits> of_stacks = ToLimits(sorted, limits);
+  uint64_t boundaries = 0;
+  WithoutLock([&] { boundaries = sorted.batch->MinibatchBoundaries(of_stacks, threads); });
+  return boundaries;
+}
+
+int64_t FormMinibatches(Sorted& sorted, uint64_t boundaries, int64_t threads) {
+  int64_t minibatches = 1;
+  WithoutLock([&] { minibatches = sorted.batch->FormMinibatches(boundaries, threads); });
+  return minibatches;
+}
+
+nb::ndarray<nb::numpy, int64_t, nb::ndim<1>> Drop(Sorted& sorted, Int64Matrix limits, bool minibatches) {
+  const std::vector<embax::PackLimits> of_stacks = ToLimits(sorted, limits);
+  std::vector<int64_t> dropped;
+  WithoutLock([&] { dropped = sorted.batch->Drop(of_stacks, ToLayout(minibatches)); });
+  return ToNumpy(dropped);
+}
+
 void WriteBatch(const Sorted& sorted, Int64Matrix placements, Int32Output row_pointers, Int32Output ids,
-                Int32Output samples, FloatOutput gains, int64_t num_local_devices, int64_t threads) {
+                Int32Output samples, FloatOutput gains, int64_t num_local_devices, bool minibatches, int64_t threads) {
   if (placements.shape(1) != 3) {
     throw nb::value_error("placements must have 3 columns: row_pointers_start, entries_start, capacity");
   }
@@ -177,7 +219,7 @@ void WriteBatch(const Sorted& sorted, Int64Matrix placements, Int32Output row_po
   arrays.row_pointers_per_device = static_cast<int64_t>(row_pointers.size() / devices);
   arrays.entries_per_device = static_cast<int64_t>(ids.size() / devices);
   bool fits = false;
-  WithoutLock([&] { fits = sorted.batch->Write(places, arrays, threads); });
+  WithoutLock([&] { fits = sorted.batch->Write(places, arrays, ToLayout(minibatches), threads); });
   if (!fits) throw nb::value_error("the arrays do not hold the batch at these placements");
 }
 
@@ -210,14 +252,23 @@ NB_MODULE(_native, m) {
       .def_prop_ro("max_unique_ids", [](const Sorted& s) { return ToNumpy(s.batch->max_unique_ids()); }, nb::rv_policy::automatic,
                    "int32, like `max_ids`: most distinct ids.")
       .def_prop_ro("required", [](const Sorted& s) { return ToNumpy(s.batch->required()); }, nb::rv_policy::automatic,
-                   "int32[stacks * local devices * S]: entries that each local SparseCore needs.");
+                   "int32[stacks * local devices * S]: entries that each local SparseCore needs.")
+      .def_prop_ro("invalid", [](const Sorted& s) { return ToNumpy(s.batch->invalid()); }, nb::rv_policy::automatic,
+                   "int64[features]: ids that were left out as not valid.");
   m.def("sort_batch", &SortBatch, nb::arg("ids"), nb::arg("weights"), nb::arg("row_splits"),
         nb::arg("features").noconvert(), nb::arg("stacks").noconvert(), nb::arg("order").noconvert(),
-        nb::arg("num_local_devices"), nb::arg("sparsecores_per_device"), nb::arg("num_sparsecores"), nb::arg("threads"),
+        nb::arg("num_local_devices"), nb::arg("sparsecores_per_device"), nb::arg("num_sparsecores"),
+        nb::arg("validation"), nb::arg("count_merged"), nb::arg("threads"),
         "Reads, checks and sorts ids: a SortedBatch, or the first (fault, feature, sample, position, value, number).");
+  m.def("minibatch_boundaries", &MinibatchBoundaries, nb::arg("batch"), nb::arg("limits").noconvert(), nb::arg("threads"),
+        "Bits of the boundaries between buckets of ids that keep minibatches within the limits.");
+  m.def("form_minibatches", &FormMinibatches, nb::arg("batch"), nb::arg("boundaries"), nb::arg("threads"),
+        "Puts the entries of a sorted batch into minibatches, once; returns their number.");
+  m.def("drop", &Drop, nb::arg("batch"), nb::arg("limits").noconvert(), nb::arg("minibatches"),
+        "Drops what is beyond the limits; int64[features]: ids that were dropped.");
   m.def("write_batch", &WriteBatch, nb::arg("batch"), nb::arg("placements").noconvert(),
         nb::arg("row_pointers").noconvert(), nb::arg("ids").noconvert(), nb::arg("samples").noconvert(),
-        nb::arg("gains").noconvert(), nb::arg("num_local_devices"), nb::arg("threads"),
+        nb::arg("gains").noconvert(), nb::arg("num_local_devices"), nb::arg("minibatches"), nb::arg("threads"),
         "Writes a sorted batch into arrays of all stacks, at (row_pointers_start, entries_start, capacity) each.");
   m.def("ffi_handlers", &FfiHandlers, "Capsules of the XLA FFI handlers by target name.");
   m.def("row_rules", &RowRules, "(number, slots, hyperparameters) of each optimizer's row rule, by name.");

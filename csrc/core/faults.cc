@@ -9,7 +9,7 @@ namespace embax {
 namespace {
 
 template <typename Id>
-PackError FindFeatureFault(const PackFeature& feature, Combiner combiner) {
+PackError FindFeatureFault(const PackFeature& feature, Combiner combiner, Validation validation) {
   PackError error;
   const auto report = [&](PackFault fault, int64_t sample, int64_t position, int64_t value, double number) {
     error.fault = fault;
@@ -30,6 +30,7 @@ PackError FindFeatureFault(const PackFeature& feature, Combiner combiner) {
       return report(PackFault::kLastSplit, feature.batch, 0, splits[feature.batch], 0);
     }
   }
+  if (validation != Validation::kRaise) return error;
   std::vector<float> weights;
   for (int64_t sample = 0; sample < feature.batch; ++sample) {
     const int64_t begin = splits != nullptr ? splits[sample] : sample * feature.valency;
@@ -63,8 +64,8 @@ PackError FindFault(const PackRequest& request) {
   }
   for (size_t number = 0; number < request.features.size(); ++number) {
     const PackFeature& feature = request.features[number];
-    PackError error = feature.wide_ids ? FindFeatureFault<int64_t>(feature, combiners[number])
-                                       : FindFeatureFault<int32_t>(feature, combiners[number]);
+    PackError error = feature.wide_ids ? FindFeatureFault<int64_t>(feature, combiners[number], request.validation)
+                                       : FindFeatureFault<int32_t>(feature, combiners[number], request.validation);
     if (error.fault != PackFault::kNone) {
       error.feature = static_cast<int32_t>(number);
       return error;

@@ -48,10 +48,11 @@ inline uint32_t HighProduct(uint64_t a, uint32_t b) {
 // What a block of ids holds.
 constexpr uint32_t kHasPadding = 1, kHasBad = 2;
 
-// Turns ids into keys; -1 becomes kPaddingKey. Branchless, so that compilers vectorize the common case.
-template <typename Id>
+// Turns ids into keys; -1 becomes kPaddingKey. Branchless, so that compilers vectorize the common case. Unless kCheck, bad
+// ids are not looked for, and get any key.
+template <typename Id, bool kCheck>
 uint32_t MakeKeys(const KeyMap& map, const Id* ids, int64_t count, uint32_t* keys) {
-  const Id vocabulary = static_cast<Id>(map.vocabulary);
+  [[maybe_unused]] const Id vocabulary = static_cast<Id>(map.vocabulary);
   uint32_t padding = 0, bad = 0;
   if (map.power_of_two) {
     const uint32_t mask = map.num_sparsecores - 1, shift = map.shift, rows = map.rows, col_row = map.col_row;
@@ -62,7 +63,7 @@ uint32_t MakeKeys(const KeyMap& map, const Id* ids, int64_t count, uint32_t* key
       const uint32_t is_padding = id == Id{-1} ? UINT32_MAX : 0;
       keys[i] = (((low + shift) & mask) * rows + (low >> log2) + col_row) | is_padding;
       padding |= is_padding;
-      bad |= (id < Id{-1} ? 1 : 0) | (id >= vocabulary ? 1 : 0);
+      if constexpr (kCheck) bad |= (id < Id{-1} ? 1 : 0) | (id >= vocabulary ? 1 : 0);
     }
   } else {
     const uint32_t n = map.num_sparsecores;
@@ -78,7 +79,7 @@ uint32_t MakeKeys(const KeyMap& map, const Id* ids, int64_t count, uint32_t* key
       partition -= partition >= n ? n : 0;
       keys[i] = (partition * map.rows + row + map.col_row) | is_padding;
       padding |= is_padding;
-      bad |= (id < Id{-1} ? 1 : 0) | (id >= vocabulary ? 1 : 0);
+      if constexpr (kCheck) bad |= (id < Id{-1} ? 1 : 0) | (id >= vocabulary ? 1 : 0);
     }
   }
   return (padding ? kHasPadding : 0) | (bad ? kHasBad : 0);

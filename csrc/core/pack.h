@@ -1,13 +1,15 @@
 // Packs raw ids into the CSR-wrapped COO form that lookups read: partitioned by owner, sorted, duplicates merged, padded.
 //
-// Packing runs in two phases, so that a caller can look at the counts (and size its buffers) in between without sorting
-// twice: SortedBatch::Sort reads, checks and sorts the ids, SortedBatch::Write lays them out. Both split their work into
-// one task for each (stack, local device, SparseCore); the result does not depend on the number of threads.
+// Packing runs in phases, so that a caller can look at the counts (and size its buffers) in between without sorting twice:
+// SortedBatch::Sort reads, checks and sorts the ids, SortedBatch::Write lays them out; between the two, the entries may be
+// put into minibatches, and those that are beyond limits dropped. They split their work into one task for each (stack, local
+// device, SparseCore); the result does not depend on the number of threads.
 #ifndef EMBAX_CORE_PACK_H_
 #define EMBAX_CORE_PACK_H_
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "core/format.h"
@@ -15,6 +17,13 @@
 namespace embax {
 
 enum class Combiner : int32_t { kSum = 0, kMean = 1, kSqrtn = 2 };
+
+// What becomes of ids outside their vocabulary, and of weights that are not finite.
+enum class Validation : int32_t {
+  kRaise = 0,  // A fault.
+  kDrop = 1,   // Left out, and counted.
+  kTrust = 2,  // Not looked for: such an id names some row or none, such a weight is used.
+};
 
 // The ids of one feature on all local devices.
 struct PackFeature {
@@ -43,6 +52,8 @@ struct PackRequest {
   int64_t num_local_devices = 1;
   int64_t sparsecores_per_device = 1;
   int64_t num_sparsecores = 1;  // Of all devices.
+  Validation validation = Validation::kRaise;
+  bool count_merged = false;  // Remember of how many ids each entry was made, for SortedBatch::Drop.
 };
 
 enum class PackFault : int32_t {
@@ -65,6 +76,19 @@ struct PackError {
   int64_t position = -1;
   int64_t value = 0;
   double number = 0;
+};
+
+// What the buffers of a stack hold.
+struct PackLimits {
+  int64_t max_ids = 0;         // Entries of a partition.
+  int64_t max_unique_ids = 0;  // Distinct ids of a partition.
+  int64_t capacity = 0;        // Entries of a device, gaps included.
+};
+
+// Where the entries of the SparseCores of a device lie in its part of a stack.
+enum class PackLayout : int32_t {
+  kShares = 0,       // Each has an equal share, and row pointers count from its start.
+  kMinibatches = 1,  // One after another, minibatch by minibatch, and row pointers count from the start of the stack.
 };
 
 // Where a stack lies in the part of a device.
@@ -126,20 +150,43 @@ class SortedBatch {
   // position), whatever the threads did. Throws std::bad_alloc.
   PackError Sort(const PackRequest& request, int64_t threads);
 
+  // Where the buckets of ids, kBuckets of them, must be parted so that no partition of a minibatch exceeds the limits of its
+  // stack, unless by the ids of one bucket: bit i says that buckets i and i + 1 belong to different minibatches. The bits of
+  // several batches may be joined by a bitwise or. `limits` has one element a stack.
+  uint64_t MinibatchBoundaries(const std::vector<PackLimits>& limits, int64_t threads) const;
+
+  // Puts the entries into minibatches, whose number it returns. At most once after Sort, and before Drop.
+  int64_t FormMinibatches(uint64_t boundaries, int64_t threads);
+
+  // Drops what is beyond the limits: of each partition of each minibatch the entries behind max_ids, those of the distinct
+  // ids behind max_unique_ids, and all that the capacity does not hold. Returns for each feature how many ids those entries
+  // were made of. The request must have asked for count_merged.
+  std::vector<int64_t> Drop(const std::vector<PackLimits>& limits, PackLayout layout);
+
   // Writes the entries. False, with nothing written, if the arrays do not hold them. What lies behind the last partition
-  // of a SparseCore is left as it is.
-  bool Write(const std::vector<PackPlacement>& placements, const PackArrays& arrays, int64_t threads) const;
+  // of a SparseCore is left as it is. kShares has no room for several minibatches.
+  bool Write(const std::vector<PackPlacement>& placements, const PackArrays& arrays, PackLayout layout,
+             int64_t threads) const;
 
   int64_t num_local_devices() const { return num_local_devices_; }
+  int64_t num_stacks() const { return static_cast<int64_t>(stacks_.size()); }
 
-  // For each stack, local device and destination SparseCore, the maximum over the device's SparseCores of the entries
-  // (of the distinct ids) that they send there.
+  // For each stack, local device and destination SparseCore, the maximum over the device's SparseCores (and minibatches) of
+  // the entries (of the distinct ids) that they send there. What is dropped counts.
   const std::vector<int32_t>& max_ids() const { return max_ids_; }
   const std::vector<int32_t>& max_unique_ids() const { return max_unique_ids_; }
   // For each stack, local device and SparseCore of it, the entries that it needs, partitions rounded up.
   const std::vector<int32_t>& required() const { return required_; }
+  // For each feature, the ids that Validation::kDrop left out.
+  const std::vector<int64_t>& invalid() const { return invalid_; }
 
  private:
+  struct StackShape {
+    int64_t rows = 0;     // Of a SparseCore.
+    int64_t samples = 0;  // Of a SparseCore.
+    std::vector<int32_t> features;
+    std::vector<int64_t> shares;  // Samples of each feature on a SparseCore.
+  };
   struct Task {
     int32_t stack = 0;
     int32_t device = 0;
@@ -151,23 +198,40 @@ class SortedBatch {
 
   PackError Prepare(const PackRequest& request);
   bool SortTask(const PackRequest& request, const Task& task, int64_t number);
-  void WriteTask(const Task& task, int64_t number, const PackPlacement& placement, const PackArrays& arrays) const;
+  void FormTask(const Task& task, int64_t number, const uint8_t* minibatch_of, int64_t size, int32_t* counts,
+                int32_t* unique_counts);
+  void WriteTask(const Task& task, int64_t number, int64_t start, PackLayout layout, const PackPlacement& placement,
+                 const PackArrays& arrays) const;
+  void Summarize();
+
+  // Partitions of a task, minibatch by minibatch.
+  int64_t partitions() const { return num_minibatches_ * num_sparsecores_; }
+  const int32_t* CountsOf(int64_t task) const { return counts_.data() + task * partitions(); }
+  const int32_t* UniqueCountsOf(int64_t task) const { return unique_counts_.data() + task * partitions(); }
+  // Entries to be written of each partition of a task: the first ones.
+  const int32_t* KeptOf(int64_t task) const { return (dropped_ ? kept_ : counts_).data() + task * partitions(); }
 
   int64_t num_local_devices_ = 0;
   int64_t sparsecores_per_device_ = 0;
   int64_t num_sparsecores_ = 0;
+  int64_t num_minibatches_ = 1;
   int64_t total_bound_ = 0;
-  std::vector<int64_t> rows_per_sparsecore_;  // By stack.
-  std::vector<int64_t> samples_per_sparsecore_;
+  bool count_merged_ = false;
+  bool dropped_ = false;
+  std::vector<StackShape> stacks_;
   std::vector<Task> tasks_;
-  std::vector<int32_t> order_;        // Of the tasks, the largest first.
-  Buffer<uint64_t> entries_;          // (partition * rows per SparseCore + id) << 32 | sample.
+  std::vector<int32_t> order_;    // Of the tasks, the largest first.
+  Buffer<uint64_t> entries_;      // (partition * rows per SparseCore + id) << 32 | sample.
   Buffer<float> gains_;
-  Buffer<int32_t> counts_;            // By task and partition.
+  Buffer<int32_t> multiplicities_;  // Of how many ids each entry was made, if count_merged_.
+  Buffer<int32_t> counts_;        // By task, minibatch and partition.
   Buffer<int32_t> unique_counts_;
+  Buffer<int32_t> kept_;
   std::vector<int32_t> max_ids_;
   std::vector<int32_t> max_unique_ids_;
   std::vector<int32_t> required_;
+  std::vector<int64_t> invalid_;
+  std::mutex invalid_mutex_;
 };
 
 }  // namespace embax

@@ -45,8 +45,9 @@ class PackedBatch {
     int64_t row_pointers_start, entries_start, capacity, samples_per_sparsecore;
   };
 
+  // `max_minibatches` is 0 where SparseCores have equal shares of a buffer, else what there are row pointers for.
   PackedBatch(const Int32s& row_pointers, const Int32s& ids, const Int32s& samples, const Floats& gains,
-              int64_t num_sparsecores, Int64Span stacks)
+              const Int32s& num_minibatches, int64_t num_sparsecores, int64_t max_minibatches, Int64Span stacks)
       : row_pointers_(row_pointers.typed_data()),
         ids_(ids.typed_data()),
         samples_(samples.typed_data()),
@@ -54,18 +55,24 @@ class PackedBatch {
         num_row_pointers_(row_pointers.element_count()),
         num_entries_(std::min({ids.element_count(), samples.element_count(), gains.element_count()})),
         num_sparsecores_(num_sparsecores),
-        row_pointers_per_sparsecore_(std::max(num_sparsecores, kMinRowPointers)),
+        row_pointers_per_segment_(std::max(num_sparsecores, kMinRowPointers)),
+        shared_(max_minibatches > 0),
+        max_minibatches_(std::clamp<int64_t>(max_minibatches, 1, kBuckets)),
+        num_minibatches_(num_minibatches.element_count() == 1
+                             ? std::clamp<int64_t>(num_minibatches.typed_data()[0], 1, max_minibatches_)
+                             : 1),
         stacks_(reinterpret_cast<const Stack*>(stacks.begin())),
         num_stacks_(stacks.size() / (sizeof(Stack) / sizeof(int64_t))) {}
 
   int64_t num_stacks() const { return num_stacks_; }
   int64_t num_sparsecores() const { return num_sparsecores_; }
+  int64_t num_minibatches() const { return num_minibatches_; }
   const Stack& stack(int64_t k) const { return stacks_[k]; }
 
   std::string Problem() const {
     // Compared by subtraction and division, which cannot overflow.
     if (num_sparsecores_ < 1 || num_sparsecores_ > num_row_pointers_) return "the number of SparseCores is wrong";
-    const int64_t row_pointers = num_sparsecores_ * row_pointers_per_sparsecore_;
+    const int64_t row_pointers = num_sparsecores_ * max_minibatches_ * row_pointers_per_segment_;
     for (int64_t k = 0; k < num_stacks_; ++k) {
       const Stack& s = stacks_[k];
       const bool fits = s.row_pointers_start >= 0 && s.entries_start >= 0 && s.capacity >= 0 &&
@@ -77,30 +84,44 @@ class PackedBatch {
     return "";
   }
 
-  Entries Of(int64_t stack, int64_t sparsecore) const {
+  // The entries of a SparseCore, appended minibatch by minibatch.
+  void Append(int64_t stack, int64_t sparsecore, std::vector<Entries>& to) const {
     const Stack& s = stacks_[stack];
+    const int32_t* row_pointers = row_pointers_ + s.row_pointers_start;
     const int64_t share = s.capacity / num_sparsecores_;
-    const int64_t start = s.entries_start + sparsecore * share;
-    return {row_pointers_ + s.row_pointers_start + sparsecore * row_pointers_per_sparsecore_, ids_ + start,
-            samples_ + start, gains_ + start, share};
+    const int64_t start = s.entries_start + (shared_ ? 0 : sparsecore * share);
+    for (int64_t segment = sparsecore * num_minibatches_, m = 0; m < num_minibatches_; ++m, ++segment) {
+      const int64_t capacity = shared_ ? s.capacity : share;
+      const int64_t begin = shared_ && segment > 0 ? SegmentEnd(row_pointers, segment - 1, capacity) : 0;
+      to.push_back({row_pointers + segment * row_pointers_per_segment_, ids_ + start, samples_ + start, gains_ + start,
+                    capacity, begin});
+    }
   }
 
   // Entries of a stack, gaps included, as the row pointers say.
   int64_t NumEntries(int64_t stack) const {
+    const Stack& s = stacks_[stack];
+    const int32_t* row_pointers = row_pointers_ + s.row_pointers_start;
+    if (shared_) return SegmentEnd(row_pointers, num_sparsecores_ * num_minibatches_ - 1, s.capacity);
     int64_t entries = 0;
-    for (int64_t s = 0; s < num_sparsecores_; ++s) {
-      const Entries e = Of(stack, s);
-      entries += std::clamp<int64_t>(e.row_pointers[num_sparsecores_ - 1], 0, e.capacity);
-    }
+    for (int64_t i = 0; i < num_sparsecores_; ++i) entries += SegmentEnd(row_pointers, i, s.capacity / num_sparsecores_);
     return entries;
   }
 
  private:
+  // The end of the last partition of a segment, rounded up to where the next segment begins.
+  int64_t SegmentEnd(const int32_t* row_pointers, int64_t segment, int64_t capacity) const {
+    const int64_t end = row_pointers[segment * row_pointers_per_segment_ + num_sparsecores_ - 1];
+    return std::clamp<int64_t>((end + kPartitionAlignment - 1) / kPartitionAlignment * kPartitionAlignment, 0, capacity);
+  }
+
   const int32_t* row_pointers_;
   const int32_t* ids_;
   const int32_t* samples_;
   const float* gains_;
-  int64_t num_row_pointers_, num_entries_, num_sparsecores_, row_pointers_per_sparsecore_;
+  int64_t num_row_pointers_, num_entries_, num_sparsecores_, row_pointers_per_segment_;
+  bool shared_;
+  int64_t max_minibatches_, num_minibatches_;
   const Stack* stacks_;
   int64_t num_stacks_;
 };
@@ -116,15 +137,19 @@ int64_t NumThreads(ffi::ThreadPool pool) {
   return asked > 0 ? std::min<int64_t>(asked, available) : available;
 }
 
-// Runs the body of a handler; memory that cannot be had becomes an error of the computation.
-template <typename Body>
-ffi::Error Guarded(Body&& body) {
-  try {
-    return body();
-  } catch (const std::exception& error) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("embax: ") + error.what());
+// A handler that runs `kHandler`; memory that cannot be had becomes an error of the computation.
+template <auto kHandler>
+struct Guarded;
+template <typename... Args, ffi::Error (*kHandler)(Args...)>
+struct Guarded<kHandler> {
+  static ffi::Error Run(Args... args) {
+    try {
+      return kHandler(args...);
+    } catch (const std::exception& error) {
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("embax: ") + error.what());
+    }
   }
-}
+};
 
 // Runs one task for each stack and SparseCore on XLA's threads; `bytes` are the bytes of rows that all of them touch.
 template <typename Task>
@@ -137,9 +162,9 @@ ffi::Error RunTasks(ffi::ThreadPool threads, const PackedBatch& batch, int64_t b
 }
 
 ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
-                  ffi::RemainingArgs tables, ffi::RemainingRets activations, int64_t num_sparsecores, Int64Span stacks,
-                  FloatSpan quantization) {
-  const PackedBatch batch(row_pointers, ids, samples, gains, num_sparsecores, stacks);
+                  Int32s num_minibatches, ffi::RemainingArgs tables, ffi::RemainingRets activations,
+                  int64_t num_sparsecores, int64_t max_minibatches, Int64Span stacks, FloatSpan quantization) {
+  const PackedBatch batch(row_pointers, ids, samples, gains, num_minibatches, num_sparsecores, max_minibatches, stacks);
   if (const std::string problem = batch.Problem(); !problem.empty()) return Invalid(problem);
   const int64_t n = batch.num_stacks();
   if (static_cast<int64_t>(tables.size()) != n || static_cast<int64_t>(activations.size()) != n ||
@@ -171,7 +196,10 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
   const RowKernels& kernels = SelectRowKernels();
   return RunTasks(threads, batch, bytes, [&](int64_t stack, int64_t sparsecore) {
     LookupTask t = tasks[stack];
-    t.entries = batch.Of(stack, sparsecore);
+    std::vector<Entries> minibatches;
+    batch.Append(stack, sparsecore, minibatches);
+    t.minibatches = minibatches.data();
+    t.num_minibatches = batch.num_minibatches();
     t.out += sparsecore * t.num_samples * t.dim;
     kernels.lookup(t);
   });
@@ -180,9 +208,10 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
 // Operands after the packed arrays: hyperparameters of all stacks, one gradient a stack, table and slots of each stack,
 // then any number that are not read: they order the update after what computes them. Results: tables and slots, in place.
 ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
-                  Floats hyperparameters, ffi::RemainingArgs operands, ffi::RemainingRets results,
-                  int64_t num_sparsecores, Int64Span stacks, Int64Span rules) {
-  const PackedBatch batch(row_pointers, ids, samples, gains, num_sparsecores, stacks);
+                  Int32s num_minibatches, Floats hyperparameters, ffi::RemainingArgs operands,
+                  ffi::RemainingRets results, int64_t num_sparsecores, int64_t max_minibatches, Int64Span stacks,
+                  Int64Span rules) {
+  const PackedBatch batch(row_pointers, ids, samples, gains, num_minibatches, num_sparsecores, max_minibatches, stacks);
   if (const std::string problem = batch.Problem(); !problem.empty()) return Invalid(problem);
   const RowKernels& kernels = SelectRowKernels();
   const int64_t n = batch.num_stacks();
@@ -209,7 +238,8 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     t.dim = gradient_shape[1];
     t.gradient = gradient->typed_data();
     t.num_samples = batch.stack(k).samples_per_sparsecore;
-    t.num_sources = num_sparsecores;
+    t.num_minibatches = batch.num_minibatches();
+    t.num_sources = num_sparsecores * t.num_minibatches;
     if (gradient_shape[0] != t.num_samples * num_sparsecores) {
       return Invalid("update: the gradient of stack " + std::to_string(k) + " has another number of samples");
     }
@@ -233,10 +263,11 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     bytes += sizeof(float) * t.dim * batch.NumEntries(k) * (2 + rule.num_slots);
   }
   return RunTasks(threads, batch, bytes, [&](int64_t stack, int64_t partition) {
-    std::vector<Entries> sources(num_sparsecores);
-    for (int64_t s = 0; s < num_sparsecores; ++s) sources[s] = batch.Of(stack, s);
-    std::vector<Cursor> cursors(num_sparsecores);
     UpdateTask t = updates[stack].task;
+    std::vector<Entries> sources;
+    sources.reserve(t.num_sources);
+    for (int64_t s = 0; s < num_sparsecores; ++s) batch.Append(stack, s, sources);
+    std::vector<Cursor> cursors(t.num_sources);
     std::vector<float> sum(t.dim);
     t.entries = sources.data();
     t.cursors = cursors.data();
@@ -272,55 +303,38 @@ ffi::Error Fill(ffi::ThreadPool threads, Floats row, ResultMatrix table) {
   return ffi::Error::Success();
 }
 
-ffi::Error GuardedLookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
-                         ffi::RemainingArgs tables, ffi::RemainingRets activations, int64_t num_sparsecores,
-                         Int64Span stacks, FloatSpan quantization) {
-  return Guarded([&] {
-    return Lookup(threads, row_pointers, ids, samples, gains, tables, activations, num_sparsecores, stacks, quantization);
-  });
-}
-
-ffi::Error GuardedUpdate(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
-                         Floats hyperparameters, ffi::RemainingArgs operands, ffi::RemainingRets results,
-                         int64_t num_sparsecores, Int64Span stacks, Int64Span rules) {
-  return Guarded([&] {
-    return Update(threads, row_pointers, ids, samples, gains, hyperparameters, operands, results, num_sparsecores, stacks,
-                  rules);
-  });
-}
-
-ffi::Error GuardedFill(ffi::ThreadPool threads, Floats row, ResultMatrix table) {
-  return Guarded([&] { return Fill(threads, row, table); });
-}
-
-XLA_FFI_DEFINE_HANDLER(kLookup, GuardedLookup,
+XLA_FFI_DEFINE_HANDLER(kLookup, Guarded<Lookup>::Run,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
                            .Arg<Int32s>()
                            .Arg<Int32s>()
                            .Arg<Int32s>()
                            .Arg<Floats>()
+                           .Arg<Int32s>()
                            .RemainingArgs()
                            .RemainingRets()
                            .Attr<int64_t>("num_sparsecores")
+                           .Attr<int64_t>("max_minibatches")
                            .Attr<Int64Span>("stacks")
                            .Attr<FloatSpan>("quantization"));
 
-XLA_FFI_DEFINE_HANDLER(kUpdate, GuardedUpdate,
+XLA_FFI_DEFINE_HANDLER(kUpdate, Guarded<Update>::Run,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
                            .Arg<Int32s>()
                            .Arg<Int32s>()
                            .Arg<Int32s>()
                            .Arg<Floats>()
+                           .Arg<Int32s>()
                            .Arg<Floats>()
                            .RemainingArgs()
                            .RemainingRets()
                            .Attr<int64_t>("num_sparsecores")
+                           .Attr<int64_t>("max_minibatches")
                            .Attr<Int64Span>("stacks")
                            .Attr<Int64Span>("rules"));
 
-XLA_FFI_DEFINE_HANDLER(kFill, GuardedFill,
+XLA_FFI_DEFINE_HANDLER(kFill, Guarded<Fill>::Run,
                        ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Matrix>());
 
 }  // namespace

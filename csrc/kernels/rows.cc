@@ -42,17 +42,15 @@ inline int64_t NextPartition(const Entries& entries, int64_t end) {
 
 // First entry of a partition: the aligned end of the one before it.
 inline int64_t PartitionBegin(const Entries& entries, int64_t partition) {
-  if (partition == 0) return 0;
+  if (partition == 0) return entries.begin;
   return NextPartition(entries, Clamp(entries.row_pointers[partition - 1], 0, entries.capacity));
 }
 
 template <int kDim, bool kQuantize>
-void LookupRows(const LookupTask& t) {
+void LookupMinibatch(const LookupTask& t, const Entries& entries) {
   const int64_t dim = Length<kDim>(t.dim);
-  std::memset(t.out, 0, sizeof(float) * t.num_samples * dim);
-  const Entries& entries = t.entries;
   const float inverse_step = kQuantize ? 1.0f / t.quantization.step : 0.0f;
-  for (int64_t partition = 0, begin = 0; partition < t.num_partitions; ++partition) {
+  for (int64_t partition = 0, begin = entries.begin; partition < t.num_partitions; ++partition) {
     const float* table = t.table + partition * t.rows_per_partition * dim;
     const int64_t end = PartitionEnd(entries, partition, begin);
     for (int64_t e = begin; e < end; ++e) {
@@ -76,6 +74,12 @@ void LookupRows(const LookupTask& t) {
     }
     begin = NextPartition(entries, end);
   }
+}
+
+template <int kDim, bool kQuantize>
+void LookupRows(const LookupTask& t) {
+  std::memset(t.out, 0, sizeof(float) * t.num_samples * Length<kDim>(t.dim));
+  for (int64_t m = 0; m < t.num_minibatches; ++m) LookupMinibatch<kDim, kQuantize>(t, t.minibatches[m]);
 }
 
 template <typename Rule, int kDim>
@@ -102,6 +106,7 @@ void UpdateRows(const UpdateTask& t) {
     bool touched = false;
     for (int64_t s = 0; s < t.num_sources; ++s) {
       const Entries& entries = t.entries[s];
+      const float* const source_gradient = t.gradient + s / t.num_minibatches * t.num_samples * dim;
       const int64_t end = t.cursors[s].end;
       int64_t e = t.cursors[s].next;
       for (; e < end && entries.ids[e] == id; ++e) {
@@ -112,7 +117,7 @@ void UpdateRows(const UpdateTask& t) {
         }
         const int32_t sample = entries.samples[e];
         if (!InRange(sample, t.num_samples)) continue;
-        const float* __restrict gradient = t.gradient + (s * t.num_samples + sample) * dim;
+        const float* __restrict gradient = source_gradient + sample * dim;
         const float gain = entries.gains[e];
         if (touched) {
           for (int64_t i = 0; i < dim; ++i) sum[i] += gain * gradient[i];

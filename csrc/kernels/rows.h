@@ -12,13 +12,14 @@ namespace embax {
 constexpr int kMaxSlots = 4;
 constexpr int kMaxHyperparameters = 8;
 
-// One SparseCore's share of the packed entries of a stack.
+// The packed entries of one SparseCore in a stack, or of one minibatch on it.
 struct Entries {
-  const int32_t* row_pointers;  // [num_partitions]: end of each partition in this share
+  const int32_t* row_pointers;  // [num_partitions]: end of each partition
   const int32_t* ids;           // [capacity]: row on the SparseCore that owns it
   const int32_t* samples;       // [capacity]: sample on this SparseCore
   const float* gains;           // [capacity]
   int64_t capacity;
+  int64_t begin;  // Where the first partition begins.
 };
 
 // Rows are clipped to [min, max] and rounded to equally spaced values as they are read; step 0 means not at all.
@@ -28,7 +29,8 @@ struct Quantization {
 
 // out[sample] = sum over the entries of the sample of gain * table[partition, id]
 struct LookupTask {
-  Entries entries;
+  const Entries* minibatches;  // [num_minibatches]
+  int64_t num_minibatches;
   int64_t num_partitions;
   const float* table;  // [num_partitions * rows_per_partition, dim]
   int64_t rows_per_partition;
@@ -46,10 +48,11 @@ struct Cursor {
 // For each row of one partition that an entry names: the gradient of the row is the sum over its entries, SparseCore by
 // SparseCore, of gain * gradient[SparseCore, sample]; the rule then changes the row once.
 struct UpdateTask {
-  const Entries* entries;  // [num_sources], of each SparseCore of the device
+  const Entries* entries;  // [num_sources], of each minibatch of each SparseCore of the device
   int64_t num_sources;
+  int64_t num_minibatches;
   int64_t partition;
-  const float* gradient;  // [num_sources, num_samples, dim]
+  const float* gradient;  // [num_sources / num_minibatches, num_samples, dim]
   int64_t num_samples;
   float* state[1 + kMaxSlots];  // table and slots: the [rows_per_partition, dim] of this partition
   int64_t rows_per_partition;

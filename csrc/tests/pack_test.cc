@@ -153,12 +153,12 @@ Packed Write(const PackRequest& request, const SortedBatch& batch, int64_t threa
   arrays.ids = packed.ids.data();
   arrays.samples = packed.samples.data();
   arrays.gains = packed.gains.data();
-  EXPECT(batch.Write(packed.placements, arrays, threads));
+  EXPECT(batch.Write(packed.placements, arrays, embax::PackLayout::kShares, threads));
   for (embax::PackPlacement& placement : packed.placements) {
     if (placement.capacity == 0) continue;
     std::vector<embax::PackPlacement> small = packed.placements;
     small[&placement - packed.placements.data()].capacity -= 1;
-    EXPECT(!batch.Write(small, arrays, threads));
+    EXPECT(!batch.Write(small, arrays, embax::PackLayout::kShares, threads));
     break;
   }
   return packed;
@@ -240,6 +240,60 @@ void TestAgainstPlainCode() {
     EXPECT(batch->Sort(problem.request, 1 + seed % 4).fault == PackFault::kNone);
     CheckAgainstPlainCode(problem.request, Write(problem.request, *batch, 1 + seed % 3));
   }
+}
+
+// What becomes of the entries is tested from Python; here sanitizers look at the memory.
+void TestMinibatchesAndDropping() {
+  int minibatched = 0, dropping = 0;
+  for (uint64_t seed = 0; seed < 300; ++seed) {
+    Problem problem = MakeProblem(seed, seed % 10 == 0 ? 900 : 20);
+    PackRequest& request = problem.request;
+    Random random(seed);
+    request.count_merged = random.Coin();
+    request.validation = random.Coin() ? embax::Validation::kDrop : embax::Validation::kTrust;
+    for (auto& ids : problem.ids32) {
+      for (int32_t& id : ids) id = random.Below(20) == 0 ? static_cast<int32_t>(random.Below(int64_t{1} << 32)) : id;
+    }
+    const int64_t threads = 1 + seed % 4;
+    const auto batch = SortedBatch::New();
+    EXPECT(batch->Sort(request, threads).fault == PackFault::kNone);
+    std::vector<embax::PackLimits> limits(request.stacks.size());
+    for (embax::PackLimits& limit : limits) {
+      limit.max_ids = random.Below(30);
+      limit.max_unique_ids = random.Below(30);
+      limit.capacity = 8 * request.sparsecores_per_device * random.Below(seed % 2 ? 10 : 10000);
+    }
+    const auto layout = random.Coin() ? embax::PackLayout::kMinibatches : embax::PackLayout::kShares;
+    const bool minibatches = layout == embax::PackLayout::kMinibatches;
+    if (minibatches) {
+      const uint64_t boundaries = batch->MinibatchBoundaries(limits, threads);
+      const int64_t number = batch->FormMinibatches(boundaries, threads);
+      EXPECT(number == 1 + __builtin_popcountll(boundaries));
+      EXPECT(batch->FormMinibatches(boundaries, threads) == number);
+      minibatched += number > 1;
+    }
+    const std::vector<int64_t> dropped = batch->Drop(limits, layout);
+    EXPECT(dropped.size() == request.features.size());
+    for (const int64_t ids : dropped) dropping += ids > 0;
+
+    const int64_t n = request.num_sparsecores;
+    const int64_t segments = request.sparsecores_per_device * (minibatches ? embax::kBuckets : 1);
+    const int64_t pointers = segments * std::max<int64_t>(n, 8);
+    std::vector<embax::PackPlacement> placements;
+    int64_t entries = 0;
+    for (size_t s = 0; s < limits.size(); ++s) {
+      placements.push_back({static_cast<int64_t>(s) * pointers, entries, limits[s].capacity});
+      entries += limits[s].capacity;
+    }
+    std::vector<int32_t> row_pointers(pointers * limits.size() * request.num_local_devices);
+    std::vector<int32_t> ids(entries * request.num_local_devices), samples(ids.size());
+    std::vector<float> gains(ids.size());
+    const embax::PackArrays arrays = {row_pointers.data(), ids.data(), samples.data(), gains.data(),
+                                      pointers * static_cast<int64_t>(limits.size()), entries};
+    EXPECT(batch->Write(placements, arrays, layout, threads));
+    for (const int32_t pointer : row_pointers) EXPECT(pointer >= 0);
+  }
+  EXPECT(minibatched > 50 && dropping > 50);
 }
 
 // The first fault, found the plain way.
@@ -380,6 +434,7 @@ void TestFork() {
 
 int main() {
   TestAgainstPlainCode();
+  TestMinibatchesAndDropping();
   TestFaults();
   TestRowSplitsOfAnyValue();
   TestManyThreads();

@@ -37,7 +37,7 @@ struct Batch {
   Entries Of(int64_t source) const {
     const int64_t start = source * capacity;
     return {row_pointers.data() + source * partitions, ids.data() + start, sample_ids.data() + start,
-            gains.data() + start, capacity};
+            gains.data() + start, capacity, 0};
   }
 };
 
@@ -100,19 +100,23 @@ void ForEachEntry(const Batch& batch, Visit visit) {
   }
 }
 
-void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, bool damaged) {
+// The sources are SparseCores of `minibatches` minibatches each.
+void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, int64_t minibatches, bool damaged) {
   Batch batch = Sound(random, 3, 3, 40, 7);
   if (damaged) batch = Damaged(random, batch);
   const std::vector<float> table = Draw(random, batch.partitions * batch.rows * dim);
-  std::vector<float> got(batch.sources * batch.samples * dim, 99.0f), wanted(got.size(), 0.0f);
-  for (int64_t s = 0; s < batch.sources; ++s) {
-    kernels.lookup(LookupTask{batch.Of(s), batch.partitions, table.data(), batch.rows, dim,
-                              got.data() + s * batch.samples * dim, batch.samples, {}});
+  const int64_t sparsecores = batch.sources / minibatches;
+  std::vector<float> got(sparsecores * batch.samples * dim, 99.0f), wanted(got.size(), 0.0f);
+  std::vector<Entries> entries;
+  for (int64_t s = 0; s < batch.sources; ++s) entries.push_back(batch.Of(s));
+  for (int64_t s = 0; s < sparsecores; ++s) {
+    kernels.lookup(LookupTask{entries.data() + s * minibatches, minibatches, batch.partitions, table.data(), batch.rows,
+                              dim, got.data() + s * batch.samples * dim, batch.samples, {}});
   }
   if (damaged) return;  // The sanitizers and the end of this process tell whether memory was left.
   ForEachEntry(batch, [&](int64_t s, int64_t p, int32_t id, int32_t sample, float gain) {
     for (int64_t i = 0; i < dim; ++i) {
-      wanted[(s * batch.samples + sample) * dim + i] += gain * table[(p * batch.rows + id) * dim + i];
+      wanted[(s / minibatches * batch.samples + sample) * dim + i] += gain * table[(p * batch.rows + id) * dim + i];
     }
   });
   for (size_t i = 0; i < got.size(); ++i) {
@@ -121,7 +125,8 @@ void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, bo
 }
 
 // Every rule is run; its result is compared for the two whose formulas stand here.
-void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19937& random, int64_t dim, bool damaged) {
+void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19937& random, int64_t dim,
+                int64_t minibatches, bool damaged) {
   Batch batch = Sound(random, 3, 3, 40, 7);
   if (damaged) batch = Damaged(random, batch);
   const int64_t size = batch.partitions * batch.rows * dim;
@@ -140,6 +145,7 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
     UpdateTask task{};
     task.entries = entries.data();
     task.num_sources = batch.sources;
+    task.num_minibatches = minibatches;
     task.partition = p;
     task.gradient = gradient.data();
     task.num_samples = batch.samples;
@@ -157,7 +163,7 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
   ForEachEntry(batch, [&](int64_t s, int64_t p, int32_t id, int32_t sample, float gain) {
     touched[p * batch.rows + id] = true;
     for (int64_t i = 0; i < dim; ++i) {
-      sums[(p * batch.rows + id) * dim + i] += gain * gradient[(s * batch.samples + sample) * dim + i];
+      sums[(p * batch.rows + id) * dim + i] += gain * gradient[(s / minibatches * batch.samples + sample) * dim + i];
     }
   });
   const std::string name = rule.name;
@@ -183,10 +189,11 @@ int main() {
   const RowKernels& kernels = embax::SelectRowKernels();
   for (const int64_t dim : {1, 3, 8, 16, 20, 32, 64, 128, 129}) {
     for (int repetition = 0; repetition < 20; ++repetition) {
+      const int64_t minibatches = repetition % 2 == 0 ? 1 : 3;
       for (const bool damaged : {false, true}) {
-        TestLookup(kernels, random, dim, damaged);
+        TestLookup(kernels, random, dim, minibatches, damaged);
         for (int rule = 0; rule < kernels.num_rules; ++rule) {
-          TestUpdate(kernels, kernels.rules[rule], random, dim, damaged);
+          TestUpdate(kernels, kernels.rules[rule], random, dim, minibatches, damaged);
         }
       }
     }

@@ -11,6 +11,8 @@ class SortedBatch:
     def max_unique_ids(self) -> np.ndarray: ...
     @property
     def required(self) -> np.ndarray: ...
+    @property
+    def invalid(self) -> np.ndarray: ...
 
 def sort_batch(
     ids: list[np.ndarray],
@@ -22,8 +24,13 @@ def sort_batch(
     num_local_devices: int,
     sparsecores_per_device: int,
     num_sparsecores: int,
+    validation: int,
+    count_merged: bool,
     threads: int,
 ) -> SortedBatch | tuple[int, int, int, int, int, float]: ...
+def minibatch_boundaries(batch: SortedBatch, limits: np.ndarray, threads: int) -> int: ...
+def form_minibatches(batch: SortedBatch, boundaries: int, threads: int) -> int: ...
+def drop(batch: SortedBatch, limits: np.ndarray, minibatches: bool) -> np.ndarray: ...
 def write_batch(
     batch: SortedBatch,
     placements: np.ndarray,
@@ -32,6 +39,7 @@ def write_batch(
     samples: np.ndarray,
     gains: np.ndarray,
     num_local_devices: int,
+    minibatches: bool,
     threads: int,
 ) -> None: ...
 def ffi_handlers() -> dict[str, object]: ...

@@ -13,6 +13,7 @@ from embax.optimizers._base import Initializer
 
 COMBINERS = ("sum", "mean", "sqrtn")
 DEFAULT_ACTIVATION_MEM_BYTES_LIMIT = 2048 * 1024
+_STACK_LIMITS = ("max_ids_per_partition", "max_unique_ids_per_partition", "suggested_coo_buffer_size_per_device")
 
 
 def _check_combiner(owner: str, combiner: str) -> None:
@@ -93,9 +94,14 @@ class TableSettingInStack:
 def _refuse_after_placement(spec: Any, placed: bool, field: str, value: Any) -> None:
     """Raises an AttributeError if a field of a placed spec is changed: what was derived from it would not follow."""
     if placed and not field.startswith("_") and field in spec.__dict__ and spec.__dict__[field] != value:
+        remedy = (
+            "Change the limits of its stack with embax.update_preprocessing_parameters, which keeps its tables in step."
+            if field in _STACK_LIMITS
+            else "Set it before, or make a new spec."
+        )
         raise AttributeError(
             f"{type(spec).__name__} {spec.name!r}: {field} cannot be set to {value!r}, since the spec has been placed for "
-            "training. Set it before, or make a new spec."
+            f"training. {remedy}"
         )
 
 

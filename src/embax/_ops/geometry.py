@@ -2,16 +2,18 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from embax._checks import INT32_MAX
 from embax._preprocess.buffers import (
+    MAX_MINIBATCHES,
     PARTITION_ALIGNMENT,
     PackedLayout,
     PreprocessedInput,
     make_layout,
-    row_pointers_per_sparsecore,
+    row_pointers_per_segment,
 )
 from embax._stacking.plan import Plan
 
@@ -30,15 +32,24 @@ class StackGeometry:
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The stacks of a packed batch on one device, whose `num_sparsecores` SparseCores hold all rows."""
+    """The stacks of a packed batch on one device, whose `num_sparsecores` SparseCores hold all rows.
+
+    `max_minibatches` is 0 where SparseCores have equal shares of a buffer (see `PackedLayout`).
+    """
 
     stacks: tuple[StackGeometry, ...]
     num_sparsecores: int
+    max_minibatches: int
 
     @property
-    def row_pointers_per_sparsecore(self) -> int:
-        """Row pointers of one SparseCore in one stack."""
-        return row_pointers_per_sparsecore(self.num_sparsecores)
+    def row_pointers_per_segment(self) -> int:
+        """Row pointers of one SparseCore, of one minibatch, in one stack."""
+        return row_pointers_per_segment(self.num_sparsecores)
+
+    @property
+    def max_segments(self) -> int:
+        """Minibatches of all SparseCores that a stack has row pointers for."""
+        return self.num_sparsecores * max(self.max_minibatches, 1)
 
     def num_samples(self, stack: StackGeometry) -> int:
         """Samples of a stack on the device."""
@@ -53,20 +64,31 @@ class Geometry:
 def _check_arrays(packed: PreprocessedInput) -> None:
     """Raises a ValueError unless the arrays of a packed batch have the shapes and dtypes that its layout says."""
     layout = packed.layout
-    entries = layout.num_local_devices * layout.entries_per_device
+    devices, entries = layout.num_local_devices, layout.entries_per_device
     for name, size, dtype in (
-        ("row_pointers", layout.num_local_devices * layout.row_pointers_per_device, jnp.int32),
+        ("row_pointers", layout.row_pointers_per_device, jnp.int32),
         ("embedding_ids", entries, jnp.int32),
         ("sample_ids", entries, jnp.int32),
         ("gains", entries, jnp.float32),
+        ("num_minibatches", 1 if layout.minibatched else None, jnp.int32),
     ):
         array = getattr(packed, name)
+        if size is None and array is None:
+            continue
         shape, given = getattr(array, "shape", None), getattr(array, "dtype", None)
-        if shape != (size,) or given != dtype:
+        if size is None or shape not in ((devices * size,), (devices, size)) or given != dtype:
+            wanted = "None" if size is None else f"({devices * size},) and {jnp.dtype(dtype).name}"
             raise ValueError(
-                f"The packed batch has {name} of shape {shape} and dtype {given}; its layout says ({size},) and "
-                f"{jnp.dtype(dtype).name}. Pass on what embax.preprocess returned as it is."
+                f"The packed batch has {name} of shape {shape} and dtype {given}; its layout says {wanted}. Pass on what "
+                "embax.preprocess returned as it is."
             )
+
+
+def packed_operands(packed: PreprocessedInput) -> list[jax.Array | np.ndarray]:
+    """The arrays of a batch on one device as the primitives take them: flat, the number of minibatches int32[1]."""
+    num_minibatches = np.ones(1, np.int32) if packed.num_minibatches is None else packed.num_minibatches
+    arrays = (packed.row_pointers, packed.embedding_ids, packed.sample_ids, packed.gains, num_minibatches)
+    return [array if array.ndim == 1 else array.reshape(-1) for array in arrays]
 
 
 def _check_layout(layout: PackedLayout, plan: Plan) -> None:
@@ -96,13 +118,15 @@ def _check_layout(layout: PackedLayout, plan: Plan) -> None:
                 )
     # What is left to differ is a layout that was changed by hand.
     batch_sizes = {f.leaf: size for s in layout.stacks for f, size in zip(s.features, s.batch_sizes, strict=False)}
-    capacities = tuple(stack.capacity for stack in layout.stacks)
+    limits = np.array(
+        [(s.max_ids_per_partition, s.max_unique_ids_per_partition, s.capacity) for s in layout.stacks], np.int64
+    )
     share = PARTITION_ALIGNMENT * plan.num_sparsecores_per_device
     sound = len(batch_sizes) == plan.num_features and all(0 <= size <= INT32_MAX for size in batch_sizes.values())
-    sound = sound and all(0 <= capacity <= INT32_MAX and capacity % share == 0 for capacity in capacities)
+    sound = sound and all(0 <= s.capacity <= INT32_MAX and s.capacity % share == 0 for s in layout.stacks)
     if sound:
         sizes = tuple(batch_sizes[leaf] for leaf in range(plan.num_features))
-        sound = make_layout(plan, sizes, capacities, layout.num_local_devices) == layout
+        sound = make_layout(plan, sizes, limits, layout.num_local_devices, layout.minibatched) == layout
     if not sound:
         raise ValueError(
             "The layout of the packed batch contradicts itself; pass on what embax.preprocess returned as it is."
@@ -138,4 +162,5 @@ def make_geometry(plan: Plan, packed: PreprocessedInput) -> Geometry:
             for planned, stack in zip(plan.stacks, layout.stacks, strict=True)
         ),
         num_sparsecores=plan.num_sparsecores,
+        max_minibatches=MAX_MINIBATCHES if layout.minibatched else 0,
     )

@@ -11,7 +11,7 @@ from jax.interpreters import mlir
 
 from embax._ops import native
 from embax._ops.backend import chosen_backend
-from embax._ops.geometry import Geometry, StackGeometry
+from embax._ops.geometry import Geometry, StackGeometry, packed_operands
 from embax._ops.refusals import refuse_transformations
 from embax._ops.segments import entries_of, physical_rows, sum_runs
 from embax._preprocess.buffers import PreprocessedInput
@@ -32,10 +32,7 @@ def lookup_stacks(packed: PreprocessedInput, tables: Sequence[jax.Array], geomet
         float32[num_sparsecores * samples_per_sparsecore, dim] of each stack.
     """
     return lookup_p.bind(
-        packed.row_pointers,
-        packed.embedding_ids,
-        packed.sample_ids,
-        packed.gains,
+        *packed_operands(packed),
         *tables,
         geometry=geometry,
         backend=chosen_backend(),
@@ -67,9 +64,9 @@ def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGe
     return jnp.where(present[:, None], sums[last], 0.0)
 
 
-def _portable(row_pointers, ids, samples, gains, *tables, geometry: Geometry, backend: str):
+def _portable(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
     del backend
-    arrays = (row_pointers, ids, samples, gains)
+    arrays = (row_pointers, ids, samples, gains, num_minibatches)
     return [
         _portable_stack(arrays, table, geometry, stack) for table, stack in zip(tables, geometry.stacks, strict=True)
     ]
@@ -86,8 +83,8 @@ def _run(*operands, **params):
 
 
 @lookup_p.def_abstract_eval
-def _shapes(row_pointers, ids, samples, gains, *tables, geometry: Geometry, backend: str):
-    del row_pointers, ids, samples, gains, backend
+def _shapes(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
+    del row_pointers, ids, samples, gains, num_minibatches, backend
     return [
         jax.core.ShapedArray((geometry.num_samples(stack), table.shape[1]), table.dtype)
         for table, stack in zip(tables, geometry.stacks, strict=True)

@@ -57,6 +57,7 @@ def lower_lookup(context, *operands, geometry: Geometry):
         context,
         *operands,
         num_sparsecores=np.int64(geometry.num_sparsecores),
+        max_minibatches=np.int64(geometry.max_minibatches),
         stacks=geometry.offsets(),
         quantization=_quantization(geometry),
     )
@@ -65,12 +66,13 @@ def lower_lookup(context, *operands, geometry: Geometry):
 def lower_update(context, *operands, geometry: Geometry, optimizers: tuple[OptimizerSpec, ...]):
     """MLIR of `update_p` on CPU: the results take the place of the tables and slots."""
     register()
-    first_state = 5 + len(optimizers)
+    first_state = 6 + len(optimizers)
     num_states = len(context.avals_out)
     return jax.ffi.ffi_lowering("embax_update", operand_output_aliases={first_state + k: k for k in range(num_states)})(
         context,
         *operands,
         num_sparsecores=np.int64(geometry.num_sparsecores),
+        max_minibatches=np.int64(geometry.max_minibatches),
         stacks=geometry.offsets(),
         rules=np.array([ROW_RULES[optimizer.native_rule][0] for optimizer in optimizers], np.int64),
     )

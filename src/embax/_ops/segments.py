@@ -12,6 +12,7 @@ def entries_of(
     ids: jax.Array,
     samples: jax.Array,
     gains: jax.Array,
+    num_minibatches: jax.Array,
     geometry: Geometry,
     stack: StackGeometry,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -21,27 +22,37 @@ def entries_of(
         `(partition, id, sample, gain)`, arrays of the stack's capacity. `sample` counts over all SparseCores; it is the
         number of samples, one too many, where an entry is padding or out of range, and the gain is 0 there.
     """
-    num = geometry.num_sparsecores
-    share = stack.capacity // num
+    num, segments = geometry.num_sparsecores, geometry.max_segments
     pointers = jax.lax.dynamic_slice_in_dim(
-        row_pointers, stack.row_pointers_start, num * geometry.row_pointers_per_sparsecore
+        row_pointers, stack.row_pointers_start, segments * geometry.row_pointers_per_segment
     )
-    ends = pointers.reshape(num, -1)[:, :num]
-    rounded = (ends + (PARTITION_ALIGNMENT - 1)) // PARTITION_ALIGNMENT * PARTITION_ALIGNMENT
-    begins = jnp.pad(rounded[:, :-1], ((0, 0), (1, 0)))
-    position = jnp.arange(share, dtype=jnp.int32)
-    partition = jax.vmap(lambda begin: jnp.searchsorted(begin, position, side="right"))(begins).astype(jnp.int32) - 1
-    within = position[None] < jnp.take_along_axis(ends, partition, axis=1)
+    ends = pointers.reshape(segments, -1)[:, :num]
+    segment = jnp.arange(segments, dtype=jnp.int32)
+    if geometry.max_minibatches:
+        minibatches = jnp.clip(num_minibatches[0], 1, geometry.max_minibatches)
+        # What lies behind the last segment was not written.
+        ends = jnp.where((segment < num * minibatches)[:, None], ends, stack.capacity)
+        starts = jnp.concatenate([jnp.zeros(1, jnp.int32), _aligned(ends[:-1, -1])])
+    else:
+        minibatches = 1
+        starts = segment * (stack.capacity // num)
+        ends = ends + starts[:, None]
+    begins = jnp.concatenate([starts[:, None], _aligned(ends[:, :-1])], axis=1).reshape(-1)
+    position = jnp.arange(stack.capacity, dtype=jnp.int32)
+    place = jnp.searchsorted(begins, position, side="right").astype(jnp.int32) - 1
+    partition, sparsecore = place % num, place // num // minibatches
 
     def part(array: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(array, stack.entries_start, stack.capacity).reshape(num, share)
+        return jax.lax.dynamic_slice_in_dim(array, stack.entries_start, stack.capacity)
 
     sample = part(samples)
-    valid = within & (sample >= 0) & (sample < stack.samples_per_sparsecore)
-    first_sample = jnp.arange(num, dtype=jnp.int32)[:, None] * stack.samples_per_sparsecore
-    sample = jnp.where(valid, sample + first_sample, geometry.num_samples(stack))
-    gain = jnp.where(valid, part(gains), 0.0)
-    return partition.reshape(-1), part(ids).reshape(-1), sample.reshape(-1), gain.reshape(-1)
+    valid = (position < ends.reshape(-1)[place]) & (sample >= 0) & (sample < stack.samples_per_sparsecore)
+    sample = jnp.where(valid, sample + sparsecore * stack.samples_per_sparsecore, geometry.num_samples(stack))
+    return partition, part(ids), sample, jnp.where(valid, part(gains), 0.0)
+
+
+def _aligned(ends: jax.Array) -> jax.Array:
+    return (ends + (PARTITION_ALIGNMENT - 1)) // PARTITION_ALIGNMENT * PARTITION_ALIGNMENT
 
 
 def physical_rows(

@@ -12,7 +12,7 @@ from jax.interpreters import mlir
 from embax._checks import INT32_MAX
 from embax._ops import native
 from embax._ops.backend import chosen_backend
-from embax._ops.geometry import Geometry, StackGeometry
+from embax._ops.geometry import Geometry, StackGeometry, packed_operands
 from embax._ops.refusals import refuse_transformations
 from embax._ops.segments import entries_of, physical_rows, sum_runs
 from embax._preprocess.buffers import PreprocessedInput
@@ -47,10 +47,7 @@ def update_stacks(
         New table and slots of each stack.
     """
     new = update_p.bind(
-        packed.row_pointers,
-        packed.embedding_ids,
-        packed.sample_ids,
-        packed.gains,
+        *packed_operands(packed),
         jnp.stack([scalar for scalars in hyperparameters for scalar in scalars]),
         *gradients,
         *(array for state in states for array in state),
@@ -126,6 +123,7 @@ def _portable(
     ids,
     samples,
     gains,
+    num_minibatches,
     hyperparameters,
     *operands,
     geometry: Geometry,
@@ -134,7 +132,7 @@ def _portable(
     backend: str,
 ):
     del backend
-    arrays = (row_pointers, ids, samples, gains)
+    arrays = (row_pointers, ids, samples, gains, num_minibatches)
     num_stacks = len(optimizers)
     sizes = [1 + optimizer.slot_variables_count() for optimizer in optimizers]
     gradients, states, after = _grouped(operands, [num_stacks, sum(sizes), len(operands)])
@@ -159,7 +157,7 @@ def _run(*operands, **params):
 @update_p.def_abstract_eval
 def _shapes(*operands, optimizers: tuple[OptimizerSpec, ...], **params):
     del params
-    first = 5 + len(optimizers)
+    first = 6 + len(optimizers)
     num_states = sum(1 + optimizer.slot_variables_count() for optimizer in optimizers)
     return [jax.core.ShapedArray(state.shape, state.dtype) for state in operands[first : first + num_states]]
 

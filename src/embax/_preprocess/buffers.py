@@ -17,26 +17,39 @@ PADDING_VALUE = 2**31 - 1
 PARTITION_ALIGNMENT = 8
 """Partitions start at multiples of this many entries."""
 
+MAX_MINIBATCHES = 64
+"""Minibatches that a batch can be divided into: as many as there are buckets of ids."""
+
 BUFFER_ALIGNMENT = 64
 """Bytes; XLA takes NumPy arrays without a copy on CPU exactly when their addresses are multiples of this."""
 
 
-def row_pointers_per_sparsecore(num_sparsecores: int) -> int:
-    """Row pointers of one SparseCore when there are `num_sparsecores` in all."""
+def row_pointers_per_segment(num_sparsecores: int) -> int:
+    """Row pointers of one SparseCore (of one minibatch on it) when there are `num_sparsecores` in all."""
     return max(num_sparsecores, 8)
 
 
-def theoretical_capacity(max_ids_per_partition: int, sparsecores_per_device: int, num_sparsecores: int) -> int:
-    """Entries of a device's buffer that hold `max_ids_per_partition` ids in every partition."""
+def row_pointers_per_device(sparsecores_per_device: int, num_sparsecores: int, minibatched: bool) -> int:
+    """Row pointers of a stack on one device."""
+    segments = sparsecores_per_device * (MAX_MINIBATCHES if minibatched else 1)
+    return segments * row_pointers_per_segment(num_sparsecores)
+
+
+def theoretical_capacity(
+    max_ids_per_partition: int, sparsecores_per_device: int, num_sparsecores: int, minibatched: bool = False
+) -> int:
+    """Entries of a device's buffer that hold `max_ids_per_partition` ids in every partition (of every minibatch)."""
     ids = next_multiple(max_ids_per_partition, PARTITION_ALIGNMENT)
-    return ids * sparsecores_per_device * num_sparsecores
+    return ids * sparsecores_per_device * num_sparsecores * (MAX_MINIBATCHES if minibatched else 1)
 
 
-def suggested_capacity(stack: StackPlan, sparsecores_per_device: int, num_sparsecores: int) -> int:
+def suggested_capacity(
+    stack: StackPlan, sparsecores_per_device: int, num_sparsecores: int, minibatched: bool = False
+) -> int:
     """Entries of a device's buffer as the limits of the stack's spec ask for."""
     spec = stack.spec
     if spec.suggested_coo_buffer_size_per_device is None:
-        return theoretical_capacity(spec.max_ids_per_partition, sparsecores_per_device, num_sparsecores)
+        return theoretical_capacity(spec.max_ids_per_partition, sparsecores_per_device, num_sparsecores, minibatched)
     return next_multiple(spec.suggested_coo_buffer_size_per_device, PARTITION_ALIGNMENT * sparsecores_per_device)
 
 
@@ -49,10 +62,12 @@ class StackLayout:
         num_rows: rows of the stack, all devices together.
         combiner: combiner that the gains were made by.
         features: its features and their placement, in the order of the plan.
-        row_pointers_start: its first row pointer; it has `S * max(N, 8)` of them.
+        row_pointers_start: its first row pointer; it has `S * max(N, 8)` of them, 64 times as many with minibatches.
         entries_start: its first entry (id, sample, gain).
         capacity: its entries, a multiple of `8 * S`; each of the `S` SparseCores owns an equal part.
         batch_sizes: samples of each of its features on a device, in the order of the plan.
+        max_ids_per_partition: entries that a partition may hold.
+        max_unique_ids_per_partition: distinct ids that a partition may hold.
     """
 
     name: str
@@ -63,6 +78,8 @@ class StackLayout:
     entries_start: int
     capacity: int
     batch_sizes: tuple[int, ...]
+    max_ids_per_partition: int
+    max_unique_ids_per_partition: int
 
     def samples_per_sparsecore(self, sparsecores_per_device: int) -> int:
         """Samples of all features of the stack on one SparseCore, each feature's share rounded up."""
@@ -71,12 +88,17 @@ class StackLayout:
 
 @dataclasses.dataclass(frozen=True)
 class PackedLayout:
-    """The static layout of a packed batch: what compiled code knows about it beside the shapes of its arrays."""
+    """The static layout of a packed batch: what compiled code knows about it beside the shapes of its arrays.
+
+    Where it is `minibatched`, the entries of a stack on a device lie SparseCore by SparseCore, and there minibatch by
+    minibatch, one after another; row pointers count from the start of the stack.
+    """
 
     stacks: tuple[StackLayout, ...]
     num_local_devices: int
     num_devices: int
     num_sparsecores_per_device: int
+    minibatched: bool = False
 
     def __hash__(self) -> int:
         return self._hash
@@ -84,7 +106,8 @@ class PackedLayout:
     @functools.cached_property
     def _hash(self) -> int:
         # jit hashes the layout at every call.
-        return hash((self.stacks, self.num_local_devices, self.num_devices, self.num_sparsecores_per_device))
+        fields = (self.num_local_devices, self.num_devices, self.num_sparsecores_per_device, self.minibatched)
+        return hash((self.stacks, fields))
 
     @property
     def num_sparsecores(self) -> int:
@@ -94,7 +117,7 @@ class PackedLayout:
     @property
     def row_pointers_per_device(self) -> int:
         """Row pointers of one device, all stacks together."""
-        per_stack = self.num_sparsecores_per_device * row_pointers_per_sparsecore(self.num_sparsecores)
+        per_stack = row_pointers_per_device(self.num_sparsecores_per_device, self.num_sparsecores, self.minibatched)
         return len(self.stacks) * per_stack
 
     @property
@@ -104,19 +127,26 @@ class PackedLayout:
 
 
 def make_layout(
-    plan: Plan, batch_sizes: tuple[int, ...], capacities: tuple[int, ...], num_local_devices: int = 1
+    plan: Plan,
+    batch_sizes: tuple[int, ...],
+    limits: np.ndarray,
+    num_local_devices: int = 1,
+    minibatched: bool = False,
 ) -> PackedLayout:
     """Lays the stacks of `plan` out one after another.
 
     Args:
         plan: the placed specs.
         batch_sizes: samples of each feature on a device, in the order of the feature leaves.
-        capacities: entries of each stack on a device, multiples of `8 * S`.
+        limits: int64[stacks, 3], see `limits.py`; the entries of a device are multiples of `8 * S`.
         num_local_devices: devices of this process.
+        minibatched: whether there may be several minibatches.
     """
-    per_stack = plan.num_sparsecores_per_device * row_pointers_per_sparsecore(plan.num_sparsecores)
+    per_stack = row_pointers_per_device(plan.num_sparsecores_per_device, plan.num_sparsecores, minibatched)
     stacks, entries_start = [], 0
-    for number, (stack, capacity) in enumerate(zip(plan.stacks, capacities, strict=True)):
+    for number, (stack, (max_ids, max_unique_ids, capacity)) in enumerate(
+        zip(plan.stacks, limits.tolist(), strict=True)
+    ):
         stacks.append(
             StackLayout(
                 name=stack.name,
@@ -127,10 +157,21 @@ def make_layout(
                 entries_start=entries_start,
                 capacity=capacity,
                 batch_sizes=tuple(batch_sizes[feature.leaf] for feature in stack.features),
+                max_ids_per_partition=max_ids,
+                max_unique_ids_per_partition=max_unique_ids,
             )
         )
         entries_start += capacity
-    return PackedLayout(tuple(stacks), num_local_devices, plan.num_devices, plan.num_sparsecores_per_device)
+    return PackedLayout(
+        tuple(stacks), num_local_devices, plan.num_devices, plan.num_sparsecores_per_device, minibatched
+    )
+
+
+def array_shapes(layout: PackedLayout) -> list[tuple[tuple[int], type]]:
+    """Shape and dtype of row pointers, ids, sample ids and gains."""
+    row_pointers = layout.num_local_devices * layout.row_pointers_per_device
+    entries = layout.num_local_devices * layout.entries_per_device
+    return [((row_pointers,), np.int32), ((entries,), np.int32), ((entries,), np.int32), ((entries,), np.float32)]
 
 
 def empty_arrays(layout: PackedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -138,9 +179,7 @@ def empty_arrays(layout: PackedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
     Arrays with such addresses go into a jitted function on CPU without a copy. They lie in one allocation.
     """
-    row_pointers = layout.num_local_devices * layout.row_pointers_per_device
-    entries = layout.num_local_devices * layout.entries_per_device
-    sizes = ((row_pointers, np.int32), (entries, np.int32), (entries, np.int32), (entries, np.float32))
+    sizes = [(shape[0], dtype) for shape, dtype in array_shapes(layout)]
     strides = [next_multiple(4 * size, BUFFER_ALIGNMENT) for size, _ in sizes]
     memory = np.empty(sum(strides) + BUFFER_ALIGNMENT, np.uint8)
     start = -memory.__array_interface__["data"][0] % BUFFER_ALIGNMENT
@@ -157,7 +196,10 @@ class PreprocessedInput:
 
     With `L` devices of this process, the arrays hold one equal part a device, in which `layout` says where a stack
     lies. Inside the part of a stack each SparseCore owns an equal share; it holds, for each SparseCore of all devices,
-    the entries that look up rows there, sorted by row and sample; the row pointers say where they end.
+    the entries that look up rows there, sorted by row and sample; the row pointers say where they end. With minibatches a
+    SparseCore has these for one minibatch after another (see `PackedLayout`).
+
+    The arrays are flat, or have a leading dimension of `L` where packing was asked for it.
 
     Args:
         row_pointers: int32[L * layout.row_pointers_per_device].
@@ -165,6 +207,7 @@ class PreprocessedInput:
         sample_ids: int32, like `embedding_ids`: the sample on the SparseCore that looks it up.
         gains: float32, like `embedding_ids`: the factor that the row enters the sample with.
         layout: static.
+        num_minibatches: None, or where `layout.minibatched` the number of minibatches: int32[L] of equal values.
         stats: what packing counted; None once the batch has gone through a JAX transformation.
     """
 
@@ -173,6 +216,7 @@ class PreprocessedInput:
     sample_ids: jax.Array | np.ndarray
     gains: jax.Array | np.ndarray
     layout: PackedLayout
+    num_minibatches: jax.Array | np.ndarray | None = None
     stats: SparseDenseMatmulInputStats | None = None
 
     def replace(self, **changes: Any) -> "PreprocessedInput":
@@ -180,18 +224,21 @@ class PreprocessedInput:
         return dataclasses.replace(self, **changes)
 
 
+_ARRAYS = ("row_pointers", "embedding_ids", "sample_ids", "gains", "num_minibatches")
+
+
 def _flatten(packed: PreprocessedInput):
-    return (packed.row_pointers, packed.embedding_ids, packed.sample_ids, packed.gains), packed.layout
+    arrays = (packed.row_pointers, packed.embedding_ids, packed.sample_ids, packed.gains, packed.num_minibatches)
+    return arrays, packed.layout
 
 
 def _flatten_with_keys(packed: PreprocessedInput):
     arrays, layout = _flatten(packed)
-    names = ("row_pointers", "embedding_ids", "sample_ids", "gains")
-    return tuple(zip(map(jax.tree_util.GetAttrKey, names), arrays, strict=True)), layout
+    return tuple(zip(map(jax.tree_util.GetAttrKey, _ARRAYS), arrays, strict=True)), layout
 
 
 def _unflatten(layout: PackedLayout, arrays) -> PreprocessedInput:
-    return PreprocessedInput(*arrays, layout=layout)
+    return PreprocessedInput(*arrays[:4], layout=layout, num_minibatches=arrays[4])
 
 
 jax.tree_util.register_pytree_with_keys(PreprocessedInput, _flatten_with_keys, _unflatten, _flatten)

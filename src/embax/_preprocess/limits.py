@@ -1,4 +1,8 @@
-"""How large the packed buffers are: as the specs say, or as the batches need."""
+"""How many ids and entries the packed buffers hold: as the specs say, or as the batches need.
+
+Limits, and what a batch needs, are int64[stacks, 3]: for each stack the ids of a partition, its distinct ids, and the
+entries of a device.
+"""
 
 import logging
 import os
@@ -7,15 +11,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embax._checks import next_multiple
 from embax._preprocess.buffers import PARTITION_ALIGNMENT, suggested_capacity
 from embax._preprocess.stats import SparseDenseMatmulInputStats
 from embax._stacking.plan import Plan, StackPlan
 
 _logger = logging.getLogger("embax")
 
+_FIELDS = ("max_ids_per_partition", "max_unique_ids_per_partition", "suggested_coo_buffer_size_per_device")
+"""The fields of a spec that the columns come from."""
+
 _growth_lock = threading.Lock()
-"""Held while buffers grow, of whichever packer; replaced in a forked child, where its holder may not exist."""
+"""Held while limits grow, of whichever packer; replaced in a forked child, where its holder may not exist."""
 
 
 def _renew_growth_lock() -> None:
@@ -24,6 +30,18 @@ def _renew_growth_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_growth_lock)
+
+
+class LimitExceededError(ValueError):
+    """A batch is beyond a limit of the specs.
+
+    Attributes:
+        stats: what packing counted of the batch; `embax.update_preprocessing_parameters` takes it.
+    """
+
+    def __init__(self, message: str, stats: SparseDenseMatmulInputStats):
+        super().__init__(message)
+        self.stats = stats
 
 
 class Counts(NamedTuple):
@@ -37,96 +55,153 @@ class Counts(NamedTuple):
         """The counts by the names of the stacks."""
         return SparseDenseMatmulInputStats(*(dict(zip(names, array, strict=True)) for array in self))
 
+    def needs(self, sparsecores_per_device: int, minibatched: bool) -> np.ndarray:
+        """int64[stacks, 3]: the limits that hold this batch. SparseCores share a buffer equally, or as they need."""
+        if minibatched:
+            of_devices = self.required.reshape(len(self.required), -1, sparsecores_per_device)
+            entries = of_devices.sum(axis=2, dtype=np.int64).max(axis=1)
+        else:
+            entries = self.required.max(axis=1).astype(np.int64) * sparsecores_per_device
+        return np.stack([self.max_ids.max(axis=1), self.max_unique_ids.max(axis=1), entries], axis=1).astype(np.int64)
 
-class FixedCapacities:
-    """Buffers as the limits of the specs ask for; a batch beyond a limit is an error."""
 
-    def __init__(self, plan: Plan):
-        self._plan = plan
-        self._capacities = tuple(
-            suggested_capacity(stack, plan.num_sparsecores_per_device, plan.num_sparsecores) for stack in plan.stacks
+def spec_limits(plan: Plan, minibatched: bool) -> np.ndarray:
+    """int64[stacks, 3]: what the specs say."""
+    rows = [
+        (
+            stack.spec.max_ids_per_partition,
+            stack.spec.max_unique_ids_per_partition,
+            suggested_capacity(stack, plan.num_sparsecores_per_device, plan.num_sparsecores, minibatched),
         )
+        for stack in plan.stacks
+    ]
+    return np.array(rows, np.int64)
 
-    def fit(self, counts: Counts) -> tuple[int, ...]:
-        """Entries of each stack on a device.
+
+class FixedLimits:
+    """The limits of the specs."""
+
+    def __init__(self, plan: Plan, minibatched: bool):
+        self._plan = plan
+        self._minibatched = minibatched
+        self.current = spec_limits(plan, minibatched)
+
+    def fit(self, counts: Counts) -> np.ndarray:
+        """The limits to pack a batch with.
 
         Raises:
-            ValueError: the batch is beyond a limit.
+            LimitExceededError: the batch is beyond one.
         """
-        plan = self._plan
-        maxima = zip(*(array.max(axis=1).tolist() for array in counts), strict=True)
-        for number, (ids, unique_ids, required) in enumerate(maxima):
-            stack, capacity = plan.stacks[number], self._capacities[number]
-            spec, where = stack.spec, f"Stack {stack.name!r}: "
-            for field, what, array, most in (
-                ("max_ids_per_partition", "ids", counts.max_ids, ids),
-                ("max_unique_ids_per_partition", "distinct ids", counts.max_unique_ids, unique_ids),
-            ):
-                limit = getattr(spec, field)
-                if most > limit:
-                    device, sparsecore = divmod(int(array[number].argmax()), plan.num_sparsecores)
-                    raise ValueError(
-                        f"{where}a SparseCore of local device {device} has {most} {what} for the rows of SparseCore "
-                        f"{sparsecore}, above {field}={limit}. {_remedy(stack, field, most)}"
-                    )
+        needs = counts.needs(self._plan.num_sparsecores_per_device, self._minibatched)
+        if (needs > self.current).any():
+            stack, column = map(int, np.argwhere(needs > self.current)[0])
+            raise self._error(counts, stack, column, int(needs[stack, column]))
+        return self.current
+
+    def _error(self, counts: Counts, number: int, column: int, need: int) -> LimitExceededError:
+        plan, stack = self._plan, self._plan.stacks[number]
+        field, limit = _FIELDS[column], int(self.current[number, column])
+        if column < 2:
+            device, sparsecore = divmod(int(counts[column][number].argmax()), plan.num_sparsecores)
+            problem = (
+                f"a SparseCore of local device {device} has {need} {('ids', 'distinct ids')[column]} for the rows of "
+                f"SparseCore {sparsecore}{' in one minibatch' if self._minibatched else ''}, above {field}={limit}"
+            )
+        elif self._minibatched:
+            of_devices = counts.required[number].reshape(-1, plan.num_sparsecores_per_device).sum(axis=1)
+            problem = (
+                f"local device {int(of_devices.argmax())} needs {need} entries of the packed buffer, above the {limit} that "
+                f"it gets from {field}={stack.spec.suggested_coo_buffer_size_per_device}"
+            )
+        else:
             sparsecores = plan.num_sparsecores_per_device
-            if required > capacity // sparsecores:
-                device, sparsecore = divmod(int(counts.required[number].argmax()), sparsecores)
-                field = "suggested_coo_buffer_size_per_device"
-                raise ValueError(
-                    f"{where}SparseCore {sparsecore} of local device {device} needs {required} entries of the packed "
-                    f"buffer, above the {capacity // sparsecores} that it gets from {field}={getattr(spec, field)}. "
-                    f"{_remedy(stack, field, required * sparsecores)}"
-                )
-        return self._capacities
+            device, sparsecore = divmod(int(counts.required[number].argmax()), sparsecores)
+            problem = (
+                f"SparseCore {sparsecore} of local device {device} needs {need // sparsecores} entries of the packed "
+                f"buffer, above the {limit // sparsecores} that it gets from "
+                f"{field}={stack.spec.suggested_coo_buffer_size_per_device}"
+            )
+        stats = counts.as_stats([stack.name for stack in plan.stacks])
+        return LimitExceededError(f"Stack {stack.name!r}: {problem}. {_remedy(stack, column, need)}", stats)
 
 
-def _remedy(stack: StackPlan, field: str, value: int) -> str:
-    grow = 'let buffers grow with limits="grow".'
+def _remedy(stack: StackPlan, column: int, value: int) -> str:
+    field = _FIELDS[column]
     if len(stack.tables) == 1:
-        return f"Set {field} to at least {value} in the spec of {stack.tables[0].name!r} before it is placed, or {grow}"
-    if field == "suggested_coo_buffer_size_per_device":
-        return f"Raise the max_ids_per_partition of the stack, from which its buffer follows, or {grow}"
-    return f"Pass stack_to_{field}= to the stacking function, for at least {value}, or {grow}"
+        place = f"set {field} to at least {value} in the spec of {stack.tables[0].name!r} before it is placed"
+    elif column == 2:
+        place = "raise the max_ids_per_partition of the stack, from which its buffer follows"
+    else:
+        place = f"pass stack_to_{field}= to the stacking function, for at least {value}"
+    return (
+        "Call embax.update_preprocessing_parameters(specs, error.stats) with the stats of this exception, which makes room "
+        f'for this batch, or {place}, or let the limits grow with limits="grow".'
+    )
 
 
-class GrowingCapacities:
-    """Buffers that follow the batches: each change makes compiled code compile again, so they grow rarely and together.
+class DroppingLimits(FixedLimits):
+    """The limits of the specs; what is beyond them is to be dropped."""
 
-    A stack that outgrows its buffer gets a quarter more than it needs. Every other stack that has come within an
-    eighth of its own then grows too, since it would be the next to ask. Each growth is thus by at least a quarter of
-    some stack: the number of growths is logarithmic in the largest batch. They never shrink.
+    def fit(self, counts: Counts) -> np.ndarray:
+        """The limits to pack a batch with, whatever it needs."""
+        del counts
+        return self.current
+
+
+class GrowingLimits:
+    """Limits that follow the batches: each change makes compiled code compile again, so they grow rarely and together.
+
+    A stack that outgrows a limit gets a quarter more than it needs, of all three. Every other stack that has come within an
+    eighth of a limit then grows too, since it would be the next. Each growth is thus by at least a quarter of some limit:
+    the number of growths is logarithmic in the largest batch. Limits never shrink.
+
+    Buffers begin at what the specs suggest, if they do, else at the first batch. So do the limits of partitions; with
+    minibatches these begin at those of the specs, and grow only for a bucket of ids that cannot be divided.
     """
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, minibatched: bool):
         self._plan = plan
-        sparsecores = plan.num_sparsecores_per_device
-        # All per SparseCore. The largest needs so far decide which stacks grow along.
-        self._needs = [0] * len(plan.stacks)
-        self._shares = [
-            0
-            if stack.spec.suggested_coo_buffer_size_per_device is None
-            else suggested_capacity(stack, sparsecores, plan.num_sparsecores) // sparsecores
-            for stack in plan.stacks
-        ]
+        self._minibatched = minibatched
+        limits = spec_limits(plan, minibatched)
+        if not minibatched:
+            limits[:, :2] = 0
+        limits[[stack.spec.suggested_coo_buffer_size_per_device is None for stack in plan.stacks], 2] = 0
+        self.current = limits
+        self._needs = np.zeros_like(limits)
+        # Partitions, and the equal shares of SparseCores, hold multiples of 8 entries.
+        share = PARTITION_ALIGNMENT * plan.num_sparsecores_per_device
+        self._units = np.array([PARTITION_ALIGNMENT, PARTITION_ALIGNMENT, share])
+        self._growths = 0
 
-    def fit(self, counts: Counts) -> tuple[int, ...]:
-        """Entries of each stack on a device, enough for this batch and for all before it."""
-        required = counts.required.max(axis=1).tolist()
+    def fit(self, counts: Counts) -> np.ndarray:
+        """The limits to pack a batch with: enough for it and for all before it."""
+        needs = counts.needs(self._plan.num_sparsecores_per_device, self._minibatched)
         with _growth_lock:
-            before = self._shares
-            self._needs = [max(pair) for pair in zip(self._needs, required, strict=True)]
-            if any(need > share for need, share in zip(self._needs, before, strict=True)):
-                self._shares = [
-                    max(share, _with_headroom(need)) if need + need // 8 > share else share
-                    for need, share in zip(self._needs, before, strict=True)
-                ]
-            shares = self._shares
-        if shares is not before:
-            _logger.info("Packed buffers grow from %s to %s entries a SparseCore.", before, shares)
-        return tuple([share * self._plan.num_sparsecores_per_device for share in shares])
+            before = self.current
+            self._needs = np.maximum(self._needs, needs)
+            if (self._needs > before).any():
+                near = (self._needs + self._needs // 8 > before).any(axis=1, keepdims=True)
+                self.current = np.where(near, np.maximum(before, self._with_headroom()), before)
+                self._growths += 1
+            current, growths = self.current, self._growths
+        if current is not before:
+            self._notice(before, current, growths)
+        return current
 
+    def _with_headroom(self) -> np.ndarray:
+        # Counts of few ids vary more, relative to their size, than counts of many: hence the constant.
+        wanted = self._needs + self._needs // 4 + 4 * self._units
+        return -(-wanted // self._units) * self._units
 
-def _with_headroom(need: int) -> int:
-    # Counts of few ids vary more, relative to their size, than counts of many: hence the constant.
-    return next_multiple(need + need // 4 + 4 * PARTITION_ALIGNMENT, PARTITION_ALIGNMENT)
+    def _notice(self, before: np.ndarray, current: np.ndarray, growths: int) -> None:
+        if growths == 2:  # The first growth only is from nothing to the first batch.
+            number = int(np.argmax((current > before).any(axis=1)))
+            _logger.warning(
+                "A batch outgrew the packed buffers, first those of stack %r, from %s to %s (ids a partition, distinct ids, "
+                "entries a device). Steps compile again as buffers grow, a logarithmic number of times; this is said once.",
+                self._plan.stacks[number].name,
+                before[number].tolist(),
+                current[number].tolist(),
+            )
+        else:
+            _logger.debug("Packed buffers grew from %s to %s.", before.tolist(), current.tolist())

@@ -1,6 +1,7 @@
 """The packed format, defined by plain NumPy. Slow; what packs for real is compared with it, bit for bit."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,12 +36,23 @@ def place_id(feature: FeaturePlan, stack: StackPlan, num_sparsecores: int, id_: 
     return column % num_sparsecores, column // num_sparsecores
 
 
+class Entry(NamedTuple):
+    """What a SparseCore looks up: the sum of the gains of equal ids of a sample."""
+
+    partition: int
+    row: int
+    sample: int
+    gain: np.float32
+    feature: FeaturePlan
+    multiplicity: int
+
+
 def sparsecore_entries(
     plan: Plan, stack: StackPlan, rows: Sequence[Rows], weights: Sequence[Weights | None], part: int, num_parts: int
-) -> dict[tuple[int, int, int], np.float32]:
-    """The gains by (partition, row, sample) that local SparseCore `part` of `num_parts` looks up, in sorted order."""
+) -> list[Entry]:
+    """What local SparseCore `part` of `num_parts` looks up, sorted by partition, row and sample."""
     S = plan.num_sparsecores_per_device
-    entries: dict[tuple[int, int, int], np.float32] = {}
+    entries: dict[tuple[int, int, int], Entry] = {}
     first_sample = 0
     for feature in stack.features:
         samples = rows[feature.leaf]
@@ -56,26 +68,36 @@ def sparsecore_entries(
             for (id_, _), gain in zip(valid, gains, strict=True):
                 place = place_id(feature, stack, plan.num_sparsecores, id_)
                 key = (*place, first_sample + sample - sparsecore * share)
-                entries[key] = entries[key] + gain if key in entries else gain
+                known = entries.get(key)
+                entries[key] = Entry(
+                    *key, known.gain + gain if known else gain, feature, known.multiplicity + 1 if known else 1
+                )
         first_sample += share
-    return dict(sorted(entries.items()))
+    return [entries[key] for key in sorted(entries)]
+
+
+def within_limits(entries: list[Entry], max_ids: int, max_unique_ids: int) -> list[Entry]:
+    """The entries of a partition that limits let through: the first ones."""
+    rows = sorted({entry.row for entry in entries})[:max_unique_ids]
+    return [entry for entry in entries[:max_ids] if entry.row in rows]
 
 
 def pack_reference(
     plan: Plan,
     rows: Sequence[Rows],
     weights: Sequence[Weights | None],
-    capacities: tuple[int, ...],
+    limits: np.ndarray,
     num_local_devices: int = 1,
+    drop: bool = False,
 ) -> tuple[PreprocessedInput, np.ndarray]:
-    """Packs `rows[leaf][sample]`, lists of ids in which -1 is padding.
+    """Packs `rows[leaf][sample]`, lists of ids in which -1 is padding. What is beyond the limits is dropped if `drop`.
 
     Returns:
         The packed batch, and bool[L * layout.entries_per_device]: which entries packing writes. The others hold
         padding.
     """
     L, S, N = num_local_devices, plan.num_sparsecores_per_device, plan.num_sparsecores
-    layout = make_layout(plan, tuple(len(samples) // L for samples in rows), capacities, L)
+    layout = make_layout(plan, tuple(len(samples) // L for samples in rows), limits, L)
     pointers = np.zeros((L, layout.row_pointers_per_device), np.int32)
     ids = np.full((L, layout.entries_per_device), PADDING_VALUE, np.int32)
     samples = np.full_like(ids, PADDING_VALUE)
@@ -84,6 +106,8 @@ def pack_reference(
     max_ids = np.zeros((len(plan.stacks), L, N), np.int32)
     max_unique = np.zeros_like(max_ids)
     required = np.zeros((len(plan.stacks), L, S), np.int32)
+    dropped = {table.name: 0 for stack in plan.stacks for table in stack.tables}
+    dropped_of_stacks = {stack.name: 0 for stack in plan.stacks}
     for k, (stack, place) in enumerate(zip(plan.stacks, layout.stacks, strict=True)):
         for part in range(L * S):
             device, sparsecore = divmod(part, S)
@@ -92,21 +116,28 @@ def pack_reference(
             pointer = place.row_pointers_start + sparsecore * max(N, 8)
             end = 0
             for partition in range(N):
-                mine = [(row, sample, gain) for (owner, row, sample), gain in entries.items() if owner == partition]
-                for offset, entry in enumerate(mine, start=first + end):
-                    ids[device, offset], samples[device, offset], gains[device, offset] = entry
-                pointers[device, pointer + partition] = end + len(mine)
-                end += -(-len(mine) // PARTITION_ALIGNMENT) * PARTITION_ALIGNMENT
+                mine = [entry for entry in entries if entry.partition == partition]
                 max_ids[k, device, partition] = max(max_ids[k, device, partition], len(mine))
-                distinct = len({row for row, _, _ in mine})
+                distinct = len({entry.row for entry in mine})
                 max_unique[k, device, partition] = max(max_unique[k, device, partition], distinct)
+                required[k, device, sparsecore] += -(-len(mine) // PARTITION_ALIGNMENT) * PARTITION_ALIGNMENT
+                kept = within_limits(mine, *limits[k, :2].tolist())[: place.capacity // S - end] if drop else mine
+                for entry in mine[len(kept) :]:
+                    dropped[entry.feature.table.name] += entry.multiplicity
+                    dropped_of_stacks[stack.name] += entry.multiplicity
+                for offset, entry in enumerate(kept, start=first + end):
+                    ids[device, offset], samples[device, offset], gains[device, offset] = entry[1:4]
+                pointers[device, pointer + partition] = end + len(kept)
+                end += -(-len(kept) // PARTITION_ALIGNMENT) * PARTITION_ALIGNMENT
             pointers[device, pointer + N : pointer + max(N, 8)] = end
             written[device, first : first + end] = True
-            required[k, device, sparsecore] = end
             assert end <= place.capacity // S
     counts = Counts(*(array.reshape(len(plan.stacks), -1) for array in (max_ids, max_unique, required)))
     stats = counts.as_stats([stack.name for stack in plan.stacks])
+    if drop:
+        stats.id_drop_counters.update(dropped_of_stacks)
+        stats.dropped_ids.update(dropped)
     packed = PreprocessedInput(
-        pointers.reshape(-1), ids.reshape(-1), samples.reshape(-1), gains.reshape(-1), layout, stats
+        pointers.reshape(-1), ids.reshape(-1), samples.reshape(-1), gains.reshape(-1), layout, stats=stats
     )
     return packed, written.reshape(-1)

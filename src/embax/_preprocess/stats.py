@@ -1,6 +1,7 @@
 """What packing counts on the host."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,9 @@ import numpy as np
 class SparseDenseMatmulInputStats:
     """Counts of one packed batch, all of them mappings.
 
-    The first three describe the batch as given: before an id was dropped for a limit, or put into a minibatch.
+    The first three describe the batch as given: before an id was dropped for a limit, or put into a minibatch. They are
+    what `embax.update_preprocessing_parameters` takes limits from. The metadata of the first four fields holds the
+    "suffix" that the clients of `embax.fdo` store them under.
 
     Args:
         max_ids_per_partition: by stack, int32[L * N]: for each of `L` local devices and `N` SparseCores the largest
@@ -17,15 +20,70 @@ class SparseDenseMatmulInputStats:
         max_unique_ids_per_partition: likewise of distinct ids.
         required_buffer_size_per_sc: by stack, int32[L * S]: entries that each local SparseCore needs, partitions
             rounded up to 8.
-        id_drop_counters: by stack, the ids that a limit dropped, duplicates included; 0 unless `limits="drop"`.
+        id_drop_counters: by stack, the ids that a limit dropped, duplicates included; empty unless `limits="drop"`.
         dropped_ids: the same by table.
-        invalid_ids: by feature, the ids that were left out since they or their weights are not valid; 0 unless
+        invalid_ids: by feature, the ids that were left out since they or their weights are not valid; empty unless
             `validation="drop"`.
     """
 
-    max_ids_per_partition: dict[str, np.ndarray]
-    max_unique_ids_per_partition: dict[str, np.ndarray]
-    required_buffer_size_per_sc: dict[str, np.ndarray]
-    id_drop_counters: dict[str, int] = dataclasses.field(default_factory=dict)
+    max_ids_per_partition: dict[str, np.ndarray] = dataclasses.field(
+        default_factory=dict, metadata={"suffix": "_max_ids"}
+    )
+    max_unique_ids_per_partition: dict[str, np.ndarray] = dataclasses.field(
+        default_factory=dict, metadata={"suffix": "_max_unique_ids"}
+    )
+    required_buffer_size_per_sc: dict[str, np.ndarray] = dataclasses.field(
+        default_factory=dict, metadata={"suffix": "_required_buffer_size"}
+    )
+    id_drop_counters: dict[str, int] = dataclasses.field(default_factory=dict, metadata={"suffix": "_id_drop_counters"})
     dropped_ids: dict[str, int] = dataclasses.field(default_factory=dict)
     invalid_ids: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_cc(cls, stats: Any) -> "SparseDenseMatmulInputStats":
+        """From an object with the names of the reference's native statistics.
+
+        Args:
+            stats: has the mappings `max_ids_per_partition`, `max_unique_ids_per_partition`, `required_buffer_sizes` and
+                `dropped_id_count`, which are taken as they are.
+        """
+        return cls(
+            max_ids_per_partition=stats.max_ids_per_partition,
+            max_unique_ids_per_partition=stats.max_unique_ids_per_partition,
+            required_buffer_size_per_sc=stats.required_buffer_sizes,
+            id_drop_counters=stats.dropped_id_count,
+        )
+
+    def get_required_buffer_size_per_device(self, stack: str, num_sc_per_device: int | None = None) -> int | None:
+        """Entries of a stack that fit the batch on every device: the SparseCores' largest need, times their number.
+
+        Args:
+            stack: name of the stack.
+            num_sc_per_device: SparseCores of a device; None means the number of values, which is right for one device.
+
+        Returns:
+            The entries, or None for a stack without values.
+        """
+        values = self.required_buffer_size_per_sc.get(stack)
+        if values is None:
+            return None
+        return round(np.max(values).item() * (num_sc_per_device or np.size(values)))
+
+    def set_required_buffer_size_per_device(self, stack: str, size: int, num_sc_per_device: int | None = None) -> None:
+        """Sets the entries of a stack that a device needs, equally for each of its SparseCores.
+
+        Args:
+            stack: name of the stack.
+            size: entries of the stack on a device.
+            num_sc_per_device: SparseCores of a device; None means the number of values that the stack has.
+
+        Raises:
+            ValueError: the stack has no values and `num_sc_per_device` is not given.
+        """
+        known = self.required_buffer_size_per_sc.get(stack)
+        number = num_sc_per_device or (0 if known is None else np.size(known))
+        if not number:
+            raise ValueError("num_sc_per_device must be provided if the table is not present.")
+        # A size that does not divide stays exact, so that getting it returns what was set.
+        share = size / number if size % number else size // number
+        self.required_buffer_size_per_sc[stack] = np.full(number, share)

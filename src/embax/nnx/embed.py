@@ -16,7 +16,7 @@ except ImportError as error:
 from embax._lookup_vjp import lookup_and_update
 from embax._matmul import feature_structure, read_rows
 from embax._preprocess.buffers import PreprocessedInput
-from embax._preprocess.pack import Packer
+from embax._preprocess.packer import Packer
 from embax._stacking.plan import make_plan
 from embax._stacking.stack import copy_feature_specs, prepare_feature_specs_for_training
 from embax._variables import EmbeddingVariables, init_embedding_variables
@@ -46,8 +46,10 @@ class SparseCoreEmbed(nnx.Module):
     Args:
         feature_specs: pytree of `FeatureSpec`. Specs that are not placed yet are placed in a copy.
         rngs: source of the key that draws the tables, `rngs.params()`.
-        limits: "grow", the packed buffers grow with the batches, recompiling the step now and then, or "raise", a batch
-            beyond the limits of the specs is a ValueError.
+        limits: "grow", the limits grow with the batches, recompiling the step now and then; "raise", a batch beyond the
+            limits of the specs is a ValueError; or "drop", ids beyond them are dropped and counted: see `embax.preprocess`.
+        validation: what happens to ids and weights that are not valid, "raise", "drop" or "trust": see `embax.preprocess`.
+        enable_minibatching: whether a batch beyond the limits of partitions is divided into minibatches.
         num_sc_per_device: SparseCores of the device; None means its own (4 virtual ones off TPU).
 
     Attributes:
@@ -67,12 +69,15 @@ class SparseCoreEmbed(nnx.Module):
         *,
         rngs: nnx.Rngs,
         limits: str = "grow",
+        validation: str = "raise",
+        enable_minibatching: bool = False,
         num_sc_per_device: int | None = None,
     ):
         specs = copy_feature_specs(feature_specs)
         prepare_feature_specs_for_training(specs, 1, num_sc_per_device)
         self._features = nnx.static(_Features(specs))
-        self._packer = nnx.static(Packer(specs, limits=limits))
+        packer = Packer(specs, limits=limits, validation=validation, enable_minibatching=enable_minibatching)
+        self._packer = nnx.static(packer)
         self.embedding_table = EmbeddingVariablesParam(init_embedding_variables(rngs.params(), specs))
         # Its "gradient" counts the differentiated lookups that the "gradient" of the tables is the sum of.
         self.lookups = EmbeddingVariablesParam(jnp.zeros((), jnp.float32))

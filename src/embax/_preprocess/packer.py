@@ -1,0 +1,284 @@
+"""What packs batch after batch of one placement of the specs."""
+
+import itertools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from embax import _native
+from embax._checks import INT32_MAX, positive_int
+from embax._preprocess.all_reduce import AllReduceInterface
+from embax._preprocess.buffers import PackedLayout, PreprocessedInput, array_shapes, empty_arrays, make_layout
+from embax._preprocess.faults import Fault, fault_error
+from embax._preprocess.inputs import FlatFeature, flatten_like, read_feature
+from embax._preprocess.limits import Counts, DroppingLimits, FixedLimits, GrowingLimits
+from embax._preprocess.minibatch import Agreement
+from embax._preprocess.stats import SparseDenseMatmulInputStats
+from embax._specs import COMBINERS
+from embax._stacking.plan import Plan, make_plan, sample_count
+
+_LIMITS = {"raise": FixedLimits, "grow": GrowingLimits, "drop": DroppingLimits}
+_VALIDATIONS = {"raise": 0, "drop": 1, "trust": 2}
+"""The numbers are those of `Validation` in csrc/core/pack.h."""
+
+_MAX_KEPT = 32
+"""Layouts that a packer keeps for the next batch."""
+
+
+def num_threads() -> int:
+    """Threads that pack: `EMBAX_NUM_THREADS`, else as many as this process may run on.
+
+    Raises:
+        ValueError: the variable is not a positive integer.
+    """
+    value = os.environ.get("EMBAX_NUM_THREADS", "")
+    if not value:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not (value.isascii() and value.isdigit() and len(value) <= 4 and 1 <= int(value) <= 1024):
+        raise ValueError(f"EMBAX_NUM_THREADS is {value!r}; it must be an integer from 1 to 1024, or unset.")
+    return int(value)
+
+
+def _check_choice(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
+    if not (isinstance(value, str) and value in allowed):
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+
+
+def _default_local_devices(plan: Plan) -> int:
+    # Asking for the number of processes starts JAX's backends, so ask only where there can be several.
+    processes = jax.process_count() if jax.distributed.is_initialized() else 1
+    if plan.num_devices % processes:
+        raise ValueError(
+            f"The tables are placed on {plan.num_devices} devices, which {processes} processes cannot share equally; "
+            "pass num_local_devices."
+        )
+    return plan.num_devices // processes
+
+
+class Packer:
+    """Packs batch after batch for one placement of the specs. Safe to call from several threads.
+
+    Args:
+        specs: the placed feature tree; a snapshot is taken, so later changes of the specs do not count.
+        limits: "grow", "raise" or "drop", see `embax.preprocess`.
+        validation: "raise", "drop" or "trust", see `embax.preprocess`.
+        num_local_devices: devices that this process packs for, whose samples it gets; None means the devices of the
+            placement, divided by the number of processes.
+        has_leading_dimension: whether the arrays get a leading dimension of the local devices.
+        enable_minibatching: whether a batch beyond the limits of partitions is divided into minibatches.
+        all_reduce: how the hosts agree on minibatches; None where this process packs for all devices.
+
+    Raises:
+        ValueError: the specs are not placed; an argument is unknown; limits were to grow while there are other processes
+            (which would have to grow alike, or else hang in different programs); or there are other processes, and
+            minibatches were asked for without `all_reduce`.
+    """
+
+    def __init__(
+        self,
+        specs: Any,
+        *,
+        limits: str = "grow",
+        validation: str = "raise",
+        num_local_devices: int | None = None,
+        has_leading_dimension: bool = False,
+        enable_minibatching: bool = False,
+        all_reduce: AllReduceInterface | None = None,
+    ):
+        _check_choice("limits", limits, _LIMITS)
+        _check_choice("validation", validation, _VALIDATIONS)
+        plan = make_plan(specs)
+        self.plan = plan
+        self.limits = limits
+        self.validation = validation
+        self.has_leading_dimension = bool(has_leading_dimension)
+        self.enable_minibatching = bool(enable_minibatching)
+        if num_local_devices is None:
+            num_local_devices = _default_local_devices(plan)
+        self.num_local_devices = positive_int(
+            "Packer", "num_local_devices", num_local_devices, maximum=plan.num_devices
+        )
+        if self.num_local_devices < plan.num_devices:
+            where = f"with {self.num_local_devices} of {plan.num_devices} devices in this process"
+            if limits == "grow":
+                raise ValueError(
+                    f'limits="grow" {where}: processes whose buffers grow on their own compile different programs and hang. '
+                    'Use limits="raise".'
+                )
+            if enable_minibatching and all_reduce is None:
+                raise ValueError(
+                    f"enable_minibatching {where}: all processes must agree on the minibatches. Pass all_reduce, such as "
+                    "embax.DistributedAllReduce()."
+                )
+        if all_reduce is not None and not callable(getattr(all_reduce, "bitwise_or", None)):
+            raise ValueError(
+                f"all_reduce is a {type(all_reduce).__name__}; it must be an embax.AllReduceInterface, such as "
+                "embax.DistributedAllReduce(), or a member of an embax.ThreadAllReduce."
+            )
+        if all_reduce is not None and not enable_minibatching:
+            raise ValueError("all_reduce is for minibatches: pass enable_minibatching=True with it, or leave it out.")
+        self._all_reduce = all_reduce
+        self._batch_numbers = itertools.count()
+        self._limits = _LIMITS[limits](plan, self.enable_minibatching)
+        leaves, self._treedef = jax.tree.flatten(specs)
+        self._spec_batches = tuple(map(sample_count, leaves))
+        self._skeleton = self._treedef.unflatten([leaf.name for leaf in leaves])
+        self._features = sorted((f for stack in plan.stacks for f in stack.features), key=lambda feature: feature.leaf)
+        self._feature_table = np.array([(f.table.vocabulary_size, f.col_offset, f.col_shift) for f in self._features])
+        self._stack_table = np.array(
+            [(COMBINERS.index(s.spec.combiner), s.spec.stack_vocab_size, len(s.features)) for s in plan.stacks]
+        )
+        self._order = np.array([feature.leaf for stack in plan.stacks for feature in stack.features])
+        self._names = [stack.name for stack in plan.stacks]
+        self._layouts: dict[Any, tuple[PackedLayout, np.ndarray]] = {}
+
+    def __call__(self, ids: Any, weights: Any = None, *, batch_number: int | None = None) -> PreprocessedInput:
+        """Packs one batch; arguments, result and errors are those of `embax.preprocess`."""
+        threads = num_threads()
+        if not self.enable_minibatching:
+            batch, batch_sizes = self._sort(ids, weights, threads)
+            return self._finish(batch, batch_sizes, self._counts(batch), None, threads)
+        agreement = Agreement(self._all_reduce, next(self._batch_numbers) if batch_number is None else batch_number)
+        try:
+            batch, batch_sizes = self._sort(ids, weights, threads)
+        except Exception:
+            agreement.fail()
+            raise
+        counts = self._counts(batch)
+        num_minibatches = agreement.form_minibatches(batch, counts, self._limits.current, threads)
+        return self._finish(batch, batch_sizes, counts, num_minibatches, threads)
+
+    def eval_shape(self) -> PreprocessedInput:
+        """What `embax.eval_preprocess_shape` returns."""
+        devices = self.plan.num_devices
+        for feature, batch in zip(self._features, self._spec_batches, strict=True):
+            if batch % devices:
+                raise ValueError(
+                    f"Feature {feature.name!r} has a batch of {batch} by its output_shape, which does not divide by the "
+                    f"{devices} devices that its table is placed on; make it {-(-batch // devices) * devices}."
+                )
+        batch_sizes = tuple([batch // devices for batch in self._spec_batches])
+        layout, _ = self._layout(batch_sizes, self._limits.current)
+        shapes = [jax.ShapeDtypeStruct(*described) for described in array_shapes(layout)]
+        if self.enable_minibatching:
+            shapes.append(jax.ShapeDtypeStruct((self.num_local_devices,), np.int32))
+        if self.has_leading_dimension:
+            shapes = [
+                jax.ShapeDtypeStruct((self.num_local_devices, s.size // self.num_local_devices), s.dtype)
+                for s in shapes
+            ]
+        return PreprocessedInput(*shapes[:4], layout, *shapes[4:])
+
+    def _sort(self, ids: Any, weights: Any, threads: int) -> tuple[_native.SortedBatch, tuple[int, ...]]:
+        """The sorted batch, and the samples of each feature on a device."""
+        plan = self.plan
+        ids_leaves = flatten_like(self._skeleton, self._treedef, ids, "ids")
+        if weights is None:
+            weights_leaves = [None] * len(ids_leaves)
+        else:
+            weights_leaves = flatten_like(self._skeleton, self._treedef, weights, "weights")
+        leaves = list(map(read_feature, self._features, ids_leaves, weights_leaves))
+        batch_sizes = self._batch_sizes(leaves)
+        batch = _native.sort_batch(
+            [leaf.ids for leaf in leaves],
+            [leaf.weights for leaf in leaves],
+            [leaf.row_splits for leaf in leaves],
+            self._feature_table,
+            self._stack_table,
+            self._order,
+            self.num_local_devices,
+            plan.num_sparsecores_per_device,
+            plan.num_sparsecores,
+            _VALIDATIONS[self.validation],
+            self.limits == "drop",
+            threads,
+        )
+        if isinstance(batch, tuple):
+            raise fault_error(plan, leaves, Fault(*batch))
+        return batch, batch_sizes
+
+    def _counts(self, batch: _native.SortedBatch) -> Counts:
+        num_stacks = len(self._names)
+        return Counts(*(a.reshape(num_stacks, -1) for a in (batch.max_ids, batch.max_unique_ids, batch.required)))
+
+    def _finish(
+        self,
+        batch: _native.SortedBatch,
+        batch_sizes: tuple[int, ...],
+        counts: Counts,
+        num_minibatches: int | None,
+        threads: int,
+    ) -> PreprocessedInput:
+        """Fits the sorted batch into the limits and writes it.
+
+        Args:
+            batch: sorted, and in minibatches if there are any.
+            batch_sizes: samples of each feature on a device.
+            counts: of the batch as it was given.
+            num_minibatches: None without minibatching.
+            threads: threads to work with.
+        """
+        minibatched, num_devices = num_minibatches is not None, self.num_local_devices
+        limits = self._limits.fit(counts if num_minibatches in (None, 1) else self._counts(batch))
+        stats = counts.as_stats(self._names)
+        if self.limits == "drop":
+            self._count_dropped(stats, _native.drop(batch, limits, minibatched))
+        if self.validation == "drop":
+            names = (feature.name for feature in self._features)
+            stats.invalid_ids.update(zip(names, batch.invalid.tolist(), strict=True))
+        layout, placements = self._layout(batch_sizes, limits)
+        arrays = empty_arrays(layout)
+        _native.write_batch(batch, placements, *arrays, num_devices, minibatched, threads)
+        if minibatched:
+            arrays = (*arrays, np.full(num_devices, num_minibatches, np.int32))
+        if self.has_leading_dimension:
+            arrays = [array.reshape(num_devices, -1) for array in arrays]
+        return PreprocessedInput(*arrays[:4], layout, *arrays[4:], stats=stats)
+
+    def _count_dropped(self, stats: SparseDenseMatmulInputStats, dropped: np.ndarray) -> None:
+        for stack in self.plan.stacks:
+            stats.dropped_ids.update((table.name, 0) for table in stack.tables)
+            stats.id_drop_counters[stack.name] = 0
+            for feature in stack.features:
+                stats.dropped_ids[feature.table.name] += int(dropped[feature.leaf])
+                stats.id_drop_counters[stack.name] += int(dropped[feature.leaf])
+
+    def _batch_sizes(self, leaves: list[FlatFeature]) -> tuple[int, ...]:
+        """Samples of each feature on a device."""
+        num_devices = self.num_local_devices
+        for feature, leaf in zip(self._features, leaves, strict=True):
+            if leaf.batch % num_devices:
+                raise ValueError(
+                    f"Feature {feature.name!r} has a batch of {leaf.batch}, which does not divide by the {num_devices} "
+                    f"devices of this process; fill it up to {-(-leaf.batch // num_devices) * num_devices} samples "
+                    "(dense ids of -1, or empty ragged samples, contribute nothing)."
+                )
+        return tuple([leaf.batch // num_devices for leaf in leaves])
+
+    def _layout(self, batch_sizes: tuple[int, ...], limits: np.ndarray) -> tuple[PackedLayout, np.ndarray]:
+        """The layout, and where the native code finds each stack. The same objects for the same sizes."""
+        key = (batch_sizes, limits.tobytes())
+        known = self._layouts.get(key)
+        if known is None:
+            layout = make_layout(self.plan, batch_sizes, limits, self.num_local_devices, self.enable_minibatching)
+            _check_capacities(layout)
+            placements = np.array([(s.row_pointers_start, s.entries_start, s.capacity) for s in layout.stacks])
+            if len(self._layouts) >= _MAX_KEPT:
+                self._layouts = {}
+            known = self._layouts.setdefault(key, (layout, placements))
+        return known
+
+
+def _check_capacities(layout: PackedLayout) -> None:
+    """Raises a ValueError if row pointers cannot count the entries that they point to."""
+    shares = 1 if layout.minibatched else layout.num_sparsecores_per_device
+    for stack in layout.stacks:
+        if stack.capacity // shares > INT32_MAX:
+            raise ValueError(
+                f"Stack {stack.name!r}: a packed buffer of {stack.capacity} entries a device is more than int32 row pointers "
+                f"count, {INT32_MAX} {'a device with minibatches' if layout.minibatched else 'a SparseCore'}. Lower "
+                "max_ids_per_partition, or set suggested_coo_buffer_size_per_device."
+            )
