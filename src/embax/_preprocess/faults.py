@@ -41,7 +41,7 @@ def _text(feature: FeaturePlan, combiner: str, flat: FlatFeature, fault: Fault) 
         return _id_text(feature, flat, fault)
     if fault.kind == WEIGHT:
         return (
-            f", sample {fault.sample}, position {fault.position}: the weight is {fault.number}; weights must be finite "
+            f", sample {fault.sample}, position {_position(flat, fault)}: the weight is {fault.number}; weights must be finite "
             "float32 numbers. Use 0 for an id that should not count."
         )
     if fault.kind == GAIN:
@@ -65,20 +65,25 @@ def _text(feature: FeaturePlan, combiner: str, flat: FlatFeature, fault: Fault) 
     )
 
 
+def _entry(flat: FlatFeature, fault: Fault) -> int:
+    first = fault.sample * flat.ids.shape[1] if flat.row_splits is None else int(flat.row_splits[fault.sample])
+    return first + fault.position
+
+
+def _position(flat: FlatFeature, fault: Fault) -> int:
+    return fault.position if flat.coo is None else flat.coo.position(_entry(flat, fault))
+
+
 def _id_text(feature: FeaturePlan, flat: FlatFeature, fault: Fault) -> str:
-    value, position = fault.value, fault.position
-    row = fault.sample * flat.ids.shape[1] if flat.row_splits is None else int(flat.row_splits[fault.sample])
-    if flat.given_ids is not None:
-        value = int(flat.given_ids[row + fault.position])
-    padding = "only in dense 2-d ids is -1 padding, ragged ids leave out what is not there."
-    if flat.coo is not None:
-        position = flat.coo.position(row + fault.position)
-        padding = "only in dense 2-d ids is -1 padding, sparse ids leave out what is not there."
-    elif flat.row_splits is None:
-        padding = "in dense ids -1 is padding."
+    value = fault.value if flat.given_ids is None else int(flat.given_ids[_entry(flat, fault)])
     rows = feature.table.vocabulary_size
+    padding = (
+        "in dense ids -1 is padding."
+        if flat.row_splits is None
+        else f"only in dense 2-d ids is -1 padding, {'sparse' if flat.coo else 'ragged'} ids leave out what is not there."
+    )
     return (
-        f", sample {fault.sample}, position {position}: id {value} is outside the vocabulary of table "
+        f", sample {fault.sample}, position {_position(flat, fault)}: id {value} is outside the vocabulary of table "
         f"{feature.table.name!r}, which has {rows} rows (ids 0 to {rows - 1}). Remove it, map it (for example id % "
         f"vocabulary_size), or give the table more rows; {padding}"
     )
