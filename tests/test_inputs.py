@@ -13,7 +13,7 @@ from test_pack import assert_same_as_reference, make_feature, make_table, place
 
 import embax
 from embax import Ragged, SparseCoo
-from embax._preprocess.pack import Packer
+from embax._preprocess.packer import Packer
 
 COMBINERS = ["sum", "mean", "sqrtn"]
 
@@ -299,6 +299,21 @@ def test_weights_of_sparse_ids_that_are_refused(weights, texts):
     assert text.startswith("Feature 'f'")
     for part in texts:
         assert part in text
+
+
+def test_faulty_weights_of_unsorted_sparse_ids_are_named_by_their_position():
+    ids = SparseCoo(np.array([[2, 1], [0, 7], [0, 3]]), np.array([1, 2, 3]), (3, 8))
+    text = error_of(ids, np.array([1.0, 1.0, np.nan]))
+    assert text.startswith("Feature 'f', sample 0, position 3: the weight is nan;")
+
+
+def test_invalid_sparse_entries_are_dropped_on_request():
+    ids = SparseCoo(np.array([[2, 1], [0, 7], [0, 3], [1, 0]]), np.array([1, 20, 3, 4]), (3, 8))
+    packer = Packer(specs_of("mean"), validation="drop")
+    packed = packer({"f": ids}, {"f": np.array([1.0, 1.0, 2.0, np.nan])})
+    assert packed.stats.invalid_ids == {"f": 2}
+    packed.stats.invalid_ids.clear()
+    assert_same_as_reference(packer, packed, [[[3], [], [1]]], [[[2.0], [], [1.0]]])
 
 
 def test_sparse_weights_are_for_sparse_ids():
