@@ -11,7 +11,7 @@ import numpy as np
 from jax_tpu_embedding.sparsecore.lib.nn import embedding, embedding_spec  # pyright: ignore[reportMissingImports]
 
 import embax
-from embax._preprocess.buffers import PARTITION_ALIGNMENT, row_pointers_per_sparsecore
+from embax._preprocess.buffers import PARTITION_ALIGNMENT, row_pointers_per_segment
 
 
 def peer_specs(specs: Any) -> Any:
@@ -54,7 +54,7 @@ def stack_arrays(packed: embax.PreprocessedInput, name: str) -> tuple[np.ndarray
     """Row pointers, ids, sample ids and gains of one stack, as the reference has them: flat, one part a device."""
     layout = packed.layout
     stack = next(stack for stack in layout.stacks if stack.name == name)
-    pointers = layout.num_sparsecores_per_device * row_pointers_per_sparsecore(layout.num_sparsecores)
+    pointers = layout.num_sparsecores_per_device * row_pointers_per_segment(layout.num_sparsecores)
 
     def part(array: Any, start: int, size: int) -> np.ndarray:
         return np.asarray(array).reshape(layout.num_local_devices, -1)[:, start : start + size].reshape(-1)
@@ -75,7 +75,7 @@ def written_entries(row_pointers: np.ndarray, capacity: int, num_sparsecores: in
         capacity: entries of each.
         num_sparsecores: of all devices.
     """
-    last = row_pointers.reshape(-1, row_pointers_per_sparsecore(num_sparsecores))[:, num_sparsecores - 1]
+    last = row_pointers.reshape(-1, row_pointers_per_segment(num_sparsecores))[:, num_sparsecores - 1]
     ends = -(-last // PARTITION_ALIGNMENT) * PARTITION_ALIGNMENT
     return np.arange(capacity) < ends[:, None]
 

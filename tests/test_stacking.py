@@ -180,7 +180,7 @@ def test_limits_of_stacks_name_the_remedy_that_works():
     _, features = tables_and_features(4000, 4000, batch=2000)
     embax.auto_stack_tables(features)
     ids = np.arange(6000, dtype=np.int32).reshape(2000, 3) % 4000
-    with pytest.raises(ValueError, match="Pass stack_to_max_ids_per_partition= to the stacking function, for at least"):
+    with pytest.raises(ValueError, match="pass stack_to_max_ids_per_partition= to the stacking function, for at least"):
         embax.preprocess([ids, ids], specs=features)
 
 

@@ -186,7 +186,8 @@ void CheckAgainstPlainCode(const PackRequest& request, const Packed& packed) {
           for (int64_t j = begin; j < end; ++j) {
             if (IdAt(feature, j) == -1) continue;
             const float weight = feature.weights ? feature.weights[j] : 1.0f;
-            sum = stack.combiner == embax::Combiner::kMean ? sum + weight : static_cast<float>(double(weight) * weight + sum);
+            sum = stack.combiner == embax::Combiner::kMean ? sum + weight
+                                                           : static_cast<float>(static_cast<double>(weight) * weight + sum);
           }
           float divisor = stack.combiner == embax::Combiner::kSum ? 1.0f : sum;
           if (stack.combiner == embax::Combiner::kSqrtn) divisor = std::sqrt(sum);
