@@ -1,11 +1,13 @@
-"""The README's example runs, and learns."""
+"""The examples of README and docs run, and that of the README learns."""
 
 import pathlib
 import re
 
 import numpy as np
+import pytest
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 def test_the_example_runs(standard_promotion):
@@ -15,3 +17,9 @@ def test_the_example_runs(standard_promotion):
     exec(compile(code, str(README), "exec"), names)
     assert np.isfinite(float(names["loss"]))
     assert names["step"] == 49
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_the_pages_run(page, standard_promotion):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
+    exec(compile(code, str(page), "exec"), {})
