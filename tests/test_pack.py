@@ -556,3 +556,17 @@ def test_ends_cleanly_while_a_thread_packs():
         PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *(p for p in sys.path if p)]),
     )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_global_batch_may_be_larger_than_int32():
+    table = make_table(vocabulary=100)
+    batch = 3_000_000_000
+    feature = embax.FeatureSpec(name="f", table_spec=table, input_shape=(batch, 4), output_shape=(batch, 8))
+    specs = place({"f": feature, "g": make_feature("g", table)}, 128, 4)
+    assert table.stacked_table_spec.total_sample_count == batch + 4
+    assert specs["g"].id_transformation.row_offset == batch
+    ids = {"f": np.zeros((400_000, 4), np.int32), "g": np.array([[7]])}
+    packed = preprocess(ids, specs=specs, limits="drop", num_local_devices=1)
+    # Each SparseCore has 100,000 samples of id 0, all for one partition, which holds 256.
+    assert packed.stats.max_ids_per_partition["t"].max() == 100_000
+    assert packed.stats.id_drop_counters == {"t": 4 * (400_000 - 4 * 256)}

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from embax._checks import positive_int
+from embax._checks import INT64_MAX, positive_int
 from embax.optimizers import OptimizerSpec
 from embax.optimizers._base import Initializer
 
@@ -266,7 +266,8 @@ class FeatureSpec:
             shape = getattr(self, field)
             if not isinstance(shape, Sequence) or isinstance(shape, str):
                 raise ValueError(f"{owner}: {field} is {shape!r}; it must be a sequence of sizes, such as (batch, 8).")
-            setattr(self, field, tuple(positive_int(owner, f"a size of {field}", size) for size in shape))
+            sizes = (positive_int(owner, f"a size of {field}", size, maximum=INT64_MAX) for size in shape)
+            setattr(self, field, tuple(sizes))
         if not self.input_shape:
             raise ValueError(f"{owner}: input_shape is (); it must be (batch, valency), or (batch,) for ragged ids.")
         if len(self.output_shape) < 2:
