@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 
 import jax
+
+from embax._types import Device
 
 BACKENDS = ("native", "portable")
 
@@ -42,3 +45,33 @@ def chosen_backend() -> str:
     return _choice.value or _checked(
         os.environ.get("EMBAX_BACKEND") or "native", "The environment variable EMBAX_BACKEND"
     )
+
+
+def default_backend(device: Device | None = None) -> str:
+    """The backend that lookups and updates on a device get: "native" or "portable".
+
+    Args:
+        device: None means the first device.
+
+    Returns:
+        What `use_backend` or `EMBAX_BACKEND` chose, where the device has it; else "native" on CPU, and "portable" elsewhere.
+
+    Raises:
+        ValueError: `EMBAX_BACKEND` is unknown.
+    """
+    one = jax.devices()[0] if device is None else device
+    return chosen_backend() if one.platform == "cpu" else "portable"
+
+
+class SlowPathWarning(UserWarning):
+    """Something runs correctly, but by a slower way than there could be."""
+
+
+_told: set[str] = set()
+
+
+def warn_slow_path(message: str) -> None:
+    """Warns, once for each message."""
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, SlowPathWarning, stacklevel=2)

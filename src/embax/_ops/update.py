@@ -11,7 +11,7 @@ from jax.interpreters import mlir
 
 from embax._checks import INT32_MAX
 from embax._ops import native
-from embax._ops.backend import chosen_backend
+from embax._ops.backend import chosen_backend, warn_slow_path
 from embax._ops.geometry import Geometry, StackGeometry, packed_operands
 from embax._ops.refusals import refuse_transformations
 from embax._ops.segments import entries_of, physical_rows, sum_runs
@@ -172,8 +172,14 @@ _lower_portable = mlir.lower_fun(_portable, multiple_results=True)
 
 
 def _lower_cpu(context, *operands, geometry: Geometry, optimizers: tuple[OptimizerSpec, ...], backend: str, **params):
-    if backend == "native" and all(map(native.has_rule, optimizers)):
+    without_rule = sorted({type(optimizer).__name__ for optimizer in optimizers if not native.has_rule(optimizer)})
+    if backend == "native" and not without_rule:
         return native.lower_update(context, *operands, geometry=geometry, optimizers=optimizers)
+    if backend == "native":
+        warn_slow_path(
+            f"{', '.join(without_rule)} has no native row rule: the update of this step runs in plain JAX operations, for all "
+            'its stacks. embax.use_backend("portable") chooses that without this warning.'
+        )
     return _lower_portable(context, *operands, geometry=geometry, optimizers=optimizers, backend=backend, **params)
 
 
