@@ -1,5 +1,8 @@
 """Limits that drop, grow and raise: against the definition, and what users see of them."""
 
+import copy
+import pickle
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -121,16 +124,53 @@ def test_the_exception_mends_itself():
     )
 
 
-def test_outgrown_buffers_are_told_once(caplog):
+def test_growth_beyond_the_specs_is_told_once(caplog):
     packer = Packer(place({"f": make_feature("f", make_table(vocabulary=100_000))}, 1, 1))
+    notices = []
     for size in (10, 10, 1000, 10_000, 50_000):
         packer({"f": np.arange(size).reshape(-1, 1)})
-    records = [record for record in caplog.records if record.name == "embax" and record.levelname == "WARNING"]
-    assert len(records) == 1
+        notices.append([r.getMessage() for r in caplog.records if (r.name, r.levelname) == ("embax", "WARNING")])
+    assert notices[1] == []
+    assert notices[2] == notices[4]
+    (text,) = notices[4]
     assert (
-        "outgrew the packed buffers, first those of stack 't', from [48, 48, 56] to [1288, 1288, 1288]"
-        in records[0].getMessage()
+        "first of all those of stack 't', and these limits grow: from [256, 256, 256] to [1288, 1288, 1288] (ids"
+        in text
     )
+
+
+def test_growth_of_the_first_batch_is_told_too(caplog):
+    packer = Packer(place({"f": make_feature("f", make_table(vocabulary=1000, max_ids_per_partition=1))}, 1, 1))
+    packer({"f": np.arange(100).reshape(-1, 1)})
+    assert "from [1, 256, 8] to [160, 160, 168]" in caplog.text
+
+
+def test_stacks_near_their_limits_grow_together():
+    tables = [make_table(name, 5000) for name in ("a", "b", "c")]
+    packer = Packer(place({t.name: make_feature(t.name, t) for t in tables}, 1, 1))
+
+    def capacities(**sizes):
+        packed = packer({name: np.arange(size).reshape(-1, 1) for name, size in sizes.items()})
+        return {stack.name: stack.capacity for stack in packed.layout.stacks}
+
+    first = capacities(a=1000, b=1000, c=1000)
+    # a outgrows its limit, b comes within an eighth of its own, c stays far from it.
+    second = capacities(a=first["a"] + 8, b=first["b"] - 80, c=900)
+    assert second["a"] > first["a"]
+    assert second["b"] > first["b"]
+    assert second["c"] == first["c"]
+    # A large one first: what needs less later neither shrinks nor grows.
+    assert capacities(a=10, b=10, c=10) == second
+
+
+def test_the_exception_travels_between_processes():
+    specs = place({"f": make_feature("f", make_table(max_ids_per_partition=1))}, 1, 1)
+    with pytest.raises(embax.LimitExceededError) as raised:
+        embax.preprocess({"f": [[1, 2]]}, specs=specs)
+    for copied in (pickle.loads(pickle.dumps(raised.value)), copy.copy(raised.value)):
+        assert type(copied) is embax.LimitExceededError
+        assert str(copied) == str(raised.value)
+        assert copied.stats.max_ids_per_partition["t"].tolist() == [2]
 
 
 def test_limits_are_part_of_the_layout():

@@ -1,5 +1,6 @@
 """Minibatches: what must hold of their buffers, that results do not depend on them, and that hosts agree."""
 
+import concurrent.futures
 import threading
 
 import hypothesis.strategies as st
@@ -285,16 +286,89 @@ def test_hosts_agree_with_one_process():
         assert got == entries(together)[0]
 
 
+def assert_only_host_2_tells_why(results, kind):
+    assert isinstance(results[2], kind)
+    for host in (0, 1, 3):
+        assert type(results[host]) is RuntimeError
+        assert "could be packed here, but not on another host" in str(results[host])
+
+
 def test_a_host_that_fails_ends_the_others():
     _, hosts = four_hosts()
     good = {"f": np.zeros((4, 1), int), "g": np.zeros((4, 1), int)}
     bad = {"f": np.full((4, 1), 4000), "g": np.zeros((4, 1), int)}
-    results = hosts.pack([good, good, bad, good])
-    assert isinstance(results[2], ValueError)
-    for host in (0, 1, 3):
-        assert isinstance(results[host], RuntimeError)
-        assert "another host could not pack its part" in str(results[host])
+    assert_only_host_2_tells_why(hosts.pack([good, good, bad, good]), ValueError)
     assert all(isinstance(result, embax.PreprocessedInput) for result in hosts.pack([good] * 4))
+
+
+@pytest.mark.parametrize(
+    ("ids", "minibatched"),
+    [
+        pytest.param([[0], [16], [32]] * 4 + [[0]] * 20, True, id="one id too often"),
+        pytest.param(np.arange(0, 1600).reshape(-1, 16) % 16, False, id="a buffer too small"),
+    ],
+)
+def test_a_host_beyond_its_limits_ends_the_others(ids, minibatched):
+    limit = 4 if minibatched else 256
+    table = make_table(
+        vocabulary=4000,
+        max_ids_per_partition=limit,
+        max_unique_ids_per_partition=limit,
+        suggested_coo_buffer_size_per_device=None if minibatched else 512,
+    )
+    specs = place({"f": make_feature("f", table)}, 4, 4)
+    hosts = Hosts(specs, 4, embax.ThreadAllReduce(4), limits="raise")
+    good = {"f": np.zeros((4, 1), int)}
+    assert_only_host_2_tells_why(hosts.pack([good, good, {"f": ids}, good]), embax.LimitExceededError)
+    assert all(isinstance(result, embax.PreprocessedInput) for result in hosts.pack([good] * 4))
+
+
+def test_packers_that_share_an_all_reduce_count_their_batches_together():
+    specs, _ = four_hosts()
+    all_reduce = embax.ThreadAllReduce(4, timeout_s=30)
+    members = [all_reduce.member(host) for host in range(4)]
+    options = {"num_local_devices": 1, "enable_minibatching": True, "limits": "drop"}
+    train, evaluate = ([Packer(specs, all_reduce=member, **options) for member in members] for _ in range(2))
+    ids = {"f": np.zeros((4, 1), int), "g": np.zeros((4, 1), int)}
+
+    def run(host):
+        # Hosts go on to the next batch, of another packer, before all have finished the last one.
+        for packers in (train, evaluate, train, evaluate) * 5:
+            packers[host](ids)
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
+    assert members[0].next_batch_number() == 20
+
+
+def test_distributed_all_reduces_are_one():
+    assert embax.DistributedAllReduce() == embax.DistributedAllReduce()
+    specs = place({"f": make_feature("f", make_table(vocabulary=5000))}, 1, 1)
+    layouts = set()
+    for _ in range(5):
+        options = {"all_reduce": embax.DistributedAllReduce(), "enable_minibatching": True, "limits": "grow"}
+        size = 100 if layouts else 200
+        layouts.add(embax.preprocess({"f": np.arange(size).reshape(-1, 1)}, specs=specs, **options).layout)
+    assert len(layouts) == 2  # One for each batch size: the limits that have grown stay.
+    assert {stack.capacity for layout in layouts for stack in layout.stacks} == {288}
+
+
+@pytest.mark.parametrize("number", ["x", -1, 2**60, 1.0, True])
+def test_batch_numbers(number):
+    specs = place({"f": make_feature("f", make_table())}, 1, 1)
+    with pytest.raises(ValueError, match=r"batch_number is .*; it must be an integer from 0 to 2\*\*60 - 1, or None"):
+        embax.preprocess({"f": [[1]]}, specs=specs, batch_number=number)
+
+
+@pytest.mark.parametrize("option", ["enable_minibatching", "has_leading_dimension"])
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_options_are_true_or_false(option, value):
+    specs = place({"f": make_feature("f", make_table())}, 1, 1)
+    for good in (True, False, np.True_):
+        embax.preprocess({"f": [[1]]}, specs=specs, **{option: good})
+    with pytest.raises(ValueError, match=f"Packer: {option} is {value!r}; it must be True or False."):
+        embax.preprocess({"f": [[1]]}, specs=specs, **{option: value})
 
 
 def test_several_processes_need_a_way_to_agree():

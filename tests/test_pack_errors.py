@@ -116,8 +116,8 @@ def test_weights_whose_mean_overflows():
     specs = place({"watched": make_feature("watched", make_table(combiner="mean"))})
     text = error_of({"watched": [[1], [1, 2, 3]]}, {"watched": [[1.0], [3e38, -3e38, 0.001]]}, specs=specs)
     assert text == (
-        "Feature 'watched', sample 1: combiner 'mean' divides its weights by 0.00100000005, and the result is not a "
-        "finite float32 number. Scale the weights, or use combiner 'sum'."
+        "Feature 'watched', sample 1: combiner 'mean' divides its weights by 0.00100000005, and the divisor or "
+        "the result is beyond the range of float32. Scale the weights, or use combiner 'sum'."
     )
 
 

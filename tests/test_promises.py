@@ -191,4 +191,4 @@ for limits in ("drop", "grow"):
     assert done.stdout == ""
     notices = done.stderr.splitlines()
     assert len(notices) == 1
-    assert notices[0].startswith("A batch outgrew the packed buffers")
+    assert notices[0].startswith("A batch is beyond the limits of the specs, first of all those of stack 't'")

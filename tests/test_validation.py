@@ -88,7 +88,7 @@ def test_gains_that_are_not_finite_become_zero():
     ids = {"f": np.array([[1, 2, 3], [1, 2, 3]])}
     weights = {"f": np.array([[1e30, -1e30, 1e-15], [1, 1, 2]], np.float32)}
     specs = place({"f": make_feature("f", make_table(vocabulary=20, combiner="mean"))}, 1, 1)
-    with pytest.raises(ValueError, match="the result is not a finite float32"):
+    with pytest.raises(ValueError, match="the divisor or the result is beyond the range of float32"):
         embax.preprocess(ids, weights, specs=specs)
     packed = embax.preprocess(ids, weights, specs=specs, validation="drop")
     assert packed.stats.invalid_ids == {"f": 3}
@@ -136,3 +136,46 @@ def test_sparse_coordinates_are_validated_as_all_others():
     assert packed.stats.invalid_ids == {"f": 2}
     same = embax.preprocess({"f": [[], [4]]}, specs=specs)
     assert packed.row_pointers.tolist() == same.row_pointers.tolist()
+
+
+@pytest.mark.parametrize(
+    ("combiner", "weights", "divisor"),
+    [
+        ("mean", [3e38, 3e38], "inf"),
+        ("mean", [-3e38, -3e38], "-inf"),
+        ("sqrtn", [2e19, 2e19], "inf"),
+        ("sqrtn", [1e-23, 1e-23], "0"),
+        ("mean", [1e-45, 3e38], None),
+    ],
+)
+def test_sums_beyond_float32_are_not_silent(combiner, weights, divisor):
+    specs = place({"f": make_feature("f", make_table(vocabulary=20, combiner=combiner))}, 1, 1)
+    ids, given_weights = {"f": [[3], [1, 2]]}, {"f": [[1.0], weights]}
+    if divisor is None:  # Large, but right.
+        assert np.isfinite(embax.preprocess(ids, given_weights, specs=specs).gains[:3]).all()
+        return
+    with pytest.raises(ValueError, match=f"'f', sample 1: combiner '{combiner}' divides its weights by {divisor}, and"):
+        embax.preprocess(ids, given_weights, specs=specs)
+    packed = embax.preprocess(ids, given_weights, specs=specs, validation="drop")
+    assert packed.stats.invalid_ids == {"f": 2}
+    assert packed.gains[:3].tolist() == [0, 0, 1]
+
+
+def test_weights_of_zero_are_no_underflow():
+    for combiner in ("mean", "sqrtn"):
+        specs = place({"f": make_feature("f", make_table(vocabulary=20, combiner=combiner))}, 1, 1)
+        assert embax.preprocess({"f": [[1, 2]]}, {"f": [[0.0, 0.0]]}, specs=specs).gains[:2].tolist() == [0, 0]
+
+
+def test_gains_that_add_up_to_infinity():
+    table = make_table(vocabulary=20)
+    specs = place({"f": make_feature("f", table), "g": make_feature("g", table)}, 1, 1)
+    ids = {"f": [[5]], "g": [[4, 1, 2, 1]]}
+    weights = {"f": None, "g": [[1.0, 3e38, 1.0, 3e38]]}
+    text = "Feature 'g', sample 0, position 3: the gains of id 1, which the sample names several times, add up to inf"
+    with pytest.raises(ValueError, match=text):
+        embax.preprocess(ids, weights, specs=specs)
+    packed = embax.preprocess(ids, weights, specs=specs, validation="drop")
+    assert packed.stats.invalid_ids == {"f": 0, "g": 1}
+    assert packed.gains[:4].tolist() == [0, 1, 1, 1]
+    assert np.isinf(embax.preprocess(ids, weights, specs=specs, validation="trust").gains[0])

@@ -13,8 +13,8 @@ constexpr int64_t kAlignment = 64;
 // As many batches as a prefetching pipeline usually has under way.
 constexpr int kKept = 4;
 
-// Larger ones go back to the system.
-constexpr int64_t kMaxKeptBytes = int64_t{256} << 20;
+// Larger buffers go back to the system.
+constexpr int64_t kMaxKeptBytes = int64_t{128} << 20;
 
 // Lies before the bytes that are handed out.
 struct Header {

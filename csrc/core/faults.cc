@@ -2,6 +2,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <map>
+#include <vector>
 
 #include "core/gains.h"
 
@@ -32,6 +34,7 @@ PackError FindFeatureFault(const PackFeature& feature, Combiner combiner, Valida
   }
   if (validation != Validation::kRaise) return error;
   std::vector<float> weights;
+  std::map<int64_t, float> merged;
   for (int64_t sample = 0; sample < feature.batch; ++sample) {
     const int64_t begin = splits != nullptr ? splits[sample] : sample * feature.valency;
     const int64_t end = splits != nullptr ? splits[sample + 1] : begin + feature.valency;
@@ -46,10 +49,23 @@ PackError FindFeatureFault(const PackFeature& feature, Combiner combiner, Valida
       if (!IsFinite(weight)) return report(PackFault::kWeight, sample, i - begin, 0, weight);
       weights.push_back(weight);
     }
-    if (combiner == Combiner::kSum || weights.empty()) continue;
-    const float divisor = Divisor(combiner, weights.data(), static_cast<int64_t>(weights.size()));
-    for (const float weight : weights) {
-      if (!IsFinite(Gain(weight, divisor))) return report(PackFault::kGain, sample, 0, 0, divisor);
+    if (weights.empty()) continue;
+    float divisor = 1;
+    if (combiner != Combiner::kSum) {
+      divisor = Divisor(combiner, weights.data(), static_cast<int64_t>(weights.size()));
+      bool sound = IsSound(combiner, divisor, weights.data(), static_cast<int64_t>(weights.size()));
+      for (float& weight : weights) {
+        weight = Gain(weight, divisor);
+        sound = sound && IsFinite(weight);
+      }
+      if (!sound) return report(PackFault::kGain, sample, 0, 0, divisor);
+    }
+    merged.clear();
+    size_t next = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      if (ids[i] == -1 || next == weights.size()) continue;  // The ids may change meanwhile.
+      const float sum = merged[ids[i]] += weights[next++];
+      if (!IsFinite(sum)) return report(PackFault::kMergedGain, sample, i - begin, ids[i], sum);
     }
   }
   return error;

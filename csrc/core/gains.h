@@ -11,10 +11,31 @@
 
 namespace embax {
 
+// Gathers whether any of some numbers is infinite or NaN, in operations that compilers vectorize.
+class FiniteCheck {
+ public:
+  void Add(float value, bool counts = true) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    // Only an exponent of ones carries into the sign bit.
+    signs_ |= counts ? (bits & 0x7f800000u) + 0x00800000u : 0;
+  }
+  bool all() const { return signs_ >> 31 == 0; }
+
+ private:
+  uint32_t signs_ = 0;
+};
+
 inline bool IsFinite(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return (bits & 0x7f800000u) != 0x7f800000u;
+  FiniteCheck check;
+  check.Add(value);
+  return check.all();
+}
+
+inline bool AreFinite(const float* values, int64_t count) {
+  FiniteCheck check;
+  for (int64_t i = 0; i < count; ++i) check.Add(values[i]);
+  return check.all();
 }
 
 // The combiner's divisor of a row of `count` ids of weight 1, as a sequential sum in float32 gives it.
@@ -37,6 +58,14 @@ inline float Divisor(Combiner combiner, const float* weights, int64_t count) {
   }
   for (int64_t i = 0; i < count; ++i) sum = AddSquare(sum, weights[i]);
   return std::sqrt(sum);
+}
+
+// Whether the divisor is what the weights have, rather than beyond the range of float32. A mean may sum to 0; squares do so
+// only by being too small.
+inline bool IsSound(Combiner combiner, float divisor, const float* weights, int64_t count) {
+  if (!IsFinite(divisor)) return false;
+  return combiner != Combiner::kSqrtn || divisor != 0 ||
+         std::all_of(weights, weights + count, [](float weight) { return weight == 0; });
 }
 
 // A row whose weights sum to 0 contributes nothing.

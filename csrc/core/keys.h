@@ -3,6 +3,7 @@
 #define EMBAX_CORE_KEYS_H_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/pack.h"
 
@@ -52,25 +53,27 @@ constexpr uint32_t kHasPadding = 1, kHasBad = 2;
 // ids are not looked for, and get any key.
 template <typename Id, bool kCheck>
 uint32_t MakeKeys(const KeyMap& map, const Id* ids, int64_t count, uint32_t* keys) {
-  [[maybe_unused]] const Id vocabulary = static_cast<Id>(map.vocabulary);
-  uint32_t padding = 0, bad = 0;
+  using Unsigned = std::make_unsigned_t<Id>;
+  [[maybe_unused]] const Unsigned last = static_cast<Unsigned>(map.vocabulary - 1);
+  uint32_t padding = 0;
+  [[maybe_unused]] Unsigned outside = 0;  // Its sign bit: some id is below -1 or above the last.
   if (map.power_of_two) {
     const uint32_t mask = map.num_sparsecores - 1, shift = map.shift, rows = map.rows, col_row = map.col_row;
     const int log2 = map.log2;
     for (int64_t i = 0; i < count; ++i) {
-      const Id id = ids[i];
+      const Unsigned id = static_cast<Unsigned>(ids[i]);
       const uint32_t low = static_cast<uint32_t>(id);
-      const uint32_t is_padding = id == Id{-1} ? UINT32_MAX : 0;
+      const uint32_t is_padding = low == UINT32_MAX ? UINT32_MAX : 0;
       keys[i] = (((low + shift) & mask) * rows + (low >> log2) + col_row) | is_padding;
       padding |= is_padding;
-      if constexpr (kCheck) bad |= (id < Id{-1} ? 1 : 0) | (id >= vocabulary ? 1 : 0);
+      if constexpr (kCheck) outside |= (last - id) | (id + 1);
     }
   } else {
     const uint32_t n = map.num_sparsecores;
     for (int64_t i = 0; i < count; ++i) {
-      const Id id = ids[i];
+      const Unsigned id = static_cast<Unsigned>(ids[i]);
       const uint32_t low = static_cast<uint32_t>(id);
-      const uint32_t is_padding = id == Id{-1} ? UINT32_MAX : 0;
+      const uint32_t is_padding = low == UINT32_MAX ? UINT32_MAX : 0;
       uint32_t row = n == 1 ? low : HighProduct(map.reciprocal, low);
       uint32_t partition = low - row * n + map.shift;
       partition -= partition >= n ? n : 0;
@@ -79,10 +82,10 @@ uint32_t MakeKeys(const KeyMap& map, const Id* ids, int64_t count, uint32_t* key
       partition -= partition >= n ? n : 0;
       keys[i] = (partition * map.rows + row + map.col_row) | is_padding;
       padding |= is_padding;
-      if constexpr (kCheck) bad |= (id < Id{-1} ? 1 : 0) | (id >= vocabulary ? 1 : 0);
+      if constexpr (kCheck) outside |= (last - id) | (id + 1);
     }
   }
-  return (padding ? kHasPadding : 0) | (bad ? kHasBad : 0);
+  return (padding ? kHasPadding : 0) | (outside >> (8 * sizeof(Id) - 1) ? kHasBad : 0);
 }
 
 }  // namespace embax

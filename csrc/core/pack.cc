@@ -46,7 +46,7 @@ PackError RequestFault(int64_t where) {
 }
 
 // Batches kept for their memory. A slot is taken and given by exchange: no lock that a fork could leave locked.
-constexpr int kKeptBatches = 8;
+constexpr int kKeptBatches = 4;
 std::atomic<SortedBatch*> kept_batches[kKeptBatches];
 
 }  // namespace
@@ -172,6 +172,20 @@ PackError SortedBatch::Prepare(const PackRequest& request) {
   return PackError();
 }
 
+// Gains may be finite and their sums not. Under kRaise that is a fault; under kDrop such an entry keeps a gain of 0.
+bool SortedBatch::CheckMerged(const Task& task, int64_t count, Validation validation) {
+  float* gains = gains_.data() + task.start;
+  if (validation == Validation::kTrust || AreFinite(gains, count)) return true;
+  if (validation == Validation::kRaise) return false;
+  std::lock_guard<std::mutex> lock(invalid_mutex_);
+  for (int64_t i = 0; i < count; ++i) {
+    if (IsFinite(gains[i])) continue;
+    gains[i] = 0;
+    ++invalid_[stacks_[task.stack].FeatureOf(Payload(entries_.data()[task.start + i]))];
+  }
+  return true;
+}
+
 bool SortedBatch::SortTask(const PackRequest& request, Task& task, int64_t number) {
   Scratch& scratch = ThreadScratch();
   const PackStack& stack = request.stacks[task.stack];
@@ -246,7 +260,7 @@ bool SortedBatch::SortTask(const PackRequest& request, Task& task, int64_t numbe
     begin = end;
   }
   scratch.Shrink();
-  return true;
+  return gains != Gains::kEntry || CheckMerged(task, written, request.validation);
 }
 
 PackError SortedBatch::Sort(const PackRequest& request, int64_t threads) {

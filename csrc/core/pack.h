@@ -67,6 +67,7 @@ enum class PackFault : int32_t {
   kTooManyIds = 7,   // One SparseCore has `value` ids, more than int32 can count.
   kRequest = 8,      // The request contradicts itself: `value` tells where.
   kChanged = 9,      // The arrays changed while they were read.
+  kMergedGain = 10,  // The gains of the equal ids `value` of a sample add up to `number`, which is not finite.
 };
 
 struct PackError {
@@ -186,6 +187,13 @@ class SortedBatch {
     int64_t samples = 0;  // Of a SparseCore.
     std::vector<int32_t> features;
     std::vector<int64_t> shares;  // Samples of each feature on a SparseCore.
+
+    // The feature that a sample of the stack on a SparseCore belongs to.
+    int32_t FeatureOf(int64_t sample) const {
+      size_t number = 0;
+      while (number + 1 < shares.size() && sample >= shares[number]) sample -= shares[number++];
+      return features[number];
+    }
   };
   struct Task {
     int32_t stack = 0;
@@ -197,6 +205,7 @@ class SortedBatch {
   };
 
   PackError Prepare(const PackRequest& request);
+  bool CheckMerged(const Task& task, int64_t count, Validation validation);
   bool SortTask(const PackRequest& request, Task& task, int64_t number);
   void FormTask(const Task& task, int64_t number, const uint8_t* minibatch_of, int64_t size, int32_t* counts,
                 int32_t* unique_counts);

@@ -50,7 +50,11 @@ void ParallelFor(Schedule&& schedule, int64_t helpers, int64_t count, Body&& bod
   state->body = std::ref(body);  // Called only while this frame is alive.
   state->count = count;
   if (helpers > count - 1) helpers = count - 1;
-  for (int64_t i = 0; i < helpers; ++i) schedule([state] { state->Work(); });
+  try {
+    for (int64_t i = 0; i < helpers; ++i) schedule([state] { state->Work(); });
+  } catch (...) {
+    // Those that were started may be running `body` already: go on with them.
+  }
   state->Work();
   // What is still running on other threads is at most one call each: spin for about that long before sleeping.
   for (int spin = 0; spin < 20000; ++spin) {

@@ -53,9 +53,9 @@ int64_t BlankIds(const PackFeature& feature, const Id* ids, int64_t count, uint3
 
 // Whether the weights of a block are finite where its ids are not padding.
 inline bool AreFinite(const float* weights, int64_t count, const uint32_t* keys) {
-  uint32_t finite = 1;
-  for (int64_t i = 0; i < count; ++i) finite &= (keys[i] == kPaddingKey ? 1 : 0) | (IsFinite(weights[i]) ? 1 : 0);
-  return finite != 0;
+  FiniteCheck check;
+  for (int64_t i = 0; i < count; ++i) check.Add(weights[i], keys[i] != kPaddingKey);
+  return check.all();
 }
 
 // Makes padding of the ids of a block whose weights are not finite; returns how many.
@@ -107,13 +107,11 @@ bool ReadFeature(const PackFeature& feature, const KeyMap& map, const Reading& h
     } else if (gains == Gains::kEntry && combiner != Combiner::kSum) {
       float* weights = scratch.entry_gains.data() + row_start;
       const float divisor = Divisor(combiner, weights, count);
-      bool finite = true;
-      for (int64_t i = 0; i < count; ++i) {
-        weights[i] = Gain(weights[i], divisor);
-        finite &= IsFinite(weights[i]);
-      }
-      if (!finite && how.validation == Validation::kRaise) return false;
-      if (!finite && how.validation == Validation::kDrop) {
+      bool sound = how.validation == Validation::kTrust || IsSound(combiner, divisor, weights, count);
+      for (int64_t i = 0; i < count; ++i) weights[i] = Gain(weights[i], divisor);
+      if (how.validation != Validation::kTrust) sound = sound && AreFinite(weights, count);
+      if (!sound && how.validation == Validation::kRaise) return false;
+      if (!sound && how.validation == Validation::kDrop) {
         std::fill_n(weights, count, 0.0f);  // The row has its entries already: they contribute nothing.
         invalid += count;
       }

@@ -8,8 +8,8 @@
 
 namespace embax {
 
-// Memory above this is given back to the system rather than kept for the next batch.
-constexpr int64_t kMaxKeptBytes = int64_t{256} << 20;
+// A buffer above this is given back to the system rather than kept for the next batch.
+constexpr int64_t kMaxKeptBytes = int64_t{64} << 20;
 
 // Where the gain of an entry comes from while it is sorted.
 enum class Gains {

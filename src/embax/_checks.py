@@ -5,6 +5,8 @@ import numbers
 import operator
 from typing import Any
 
+import numpy as np
+
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 
@@ -18,6 +20,13 @@ def positive_int(owner: str, field: str, value: Any, *, maximum: int = INT32_MAX
     if isinstance(value, bool) or not 1 <= number <= maximum:
         raise ValueError(f"{owner}: {field} is {value!r}; it must be an integer from 1 to {maximum}.")
     return number
+
+
+def boolean(owner: str, field: str, value: Any) -> bool:
+    """`value` if it is a bool, Python's or NumPy's, or a ValueError that names `owner` and `field`."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise ValueError(f"{owner}: {field} is {value!r}; it must be True or False.")
 
 
 def is_finite_number(value: Any) -> bool:

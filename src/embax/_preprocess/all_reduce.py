@@ -2,9 +2,12 @@
 
 import abc
 import contextlib
+import functools
+import itertools
 import operator
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,6 +40,14 @@ class AllReduceInterface(abc.ABC):
         Returns:
             The same value on all hosts.
         """
+
+    def next_batch_number(self) -> int:
+        """The number of the next batch that this host packs with it: 0, 1, 2, ... All must pack their batches in one order."""
+        return next(self._batch_numbers)
+
+    @functools.cached_property
+    def _batch_numbers(self) -> Iterator[int]:
+        return itertools.count()
 
 
 class _Round:
@@ -171,8 +182,20 @@ class DistributedAllReduce(AllReduceInterface):
     Collectives run in the order in which a process dispatches them. So all processes must call it in the same order among
     each other and among their jitted steps, which only the main thread can promise: pack there when hosts must agree, not
     in a prefetching thread. A process that does not call leaves the others waiting, until `jax.distributed` notices that it
-    has died.
+    has died. All of them are equal, and count batches together.
     """
+
+    _count = itertools.count()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DistributedAllReduce)
+
+    def __hash__(self) -> int:
+        return hash(DistributedAllReduce)
+
+    def next_batch_number(self) -> int:
+        """See `AllReduceInterface`."""
+        return next(DistributedAllReduce._count)
 
     def bitwise_or(self, key: int, value: int) -> int:
         """See `AllReduceInterface`.

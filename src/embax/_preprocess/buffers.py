@@ -110,6 +110,10 @@ class PackedLayout:
         fields = (self.num_local_devices, self.num_devices, self.num_sparsecores_per_device, self.minibatched)
         return hash((self.stacks, fields))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process hashes strings otherwise.
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     @property
     def num_sparsecores(self) -> int:
         """SparseCores of all devices."""
@@ -190,7 +194,7 @@ def empty_arrays(layout: PackedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return tuple(arrays)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PreprocessedInput:
     """A packed batch: the ids of all stacks as CSR-wrapped COO arrays. A pytree; the statistics stay on the host.
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from embax._preprocess.inputs import FlatFeature
 from embax._stacking.plan import FeaturePlan, Plan
 
-ID, WEIGHT, GAIN, FIRST_SPLIT, SPLIT, LAST_SPLIT, TOO_MANY_IDS, REQUEST, CHANGED = range(1, 10)
+ID, WEIGHT, GAIN, FIRST_SPLIT, SPLIT, LAST_SPLIT, TOO_MANY_IDS, REQUEST, CHANGED, MERGED_GAIN = range(1, 11)
 
 
 class Fault(NamedTuple):
@@ -46,8 +46,13 @@ def _text(feature: FeaturePlan, combiner: str, flat: FlatFeature, fault: Fault) 
         )
     if fault.kind == GAIN:
         return (
-            f", sample {fault.sample}: combiner {combiner!r} divides its weights by {fault.number:.9g}, and the result "
-            "is not a finite float32 number. Scale the weights, or use combiner 'sum'."
+            f", sample {fault.sample}: combiner {combiner!r} divides its weights by {fault.number:.9g}, and the divisor or "
+            "the result is beyond the range of float32. Scale the weights, or use combiner 'sum'."
+        )
+    if fault.kind == MERGED_GAIN:
+        return (
+            f", sample {fault.sample}, position {_position(flat, fault)}: the gains of id {fault.value}, which the sample names "
+            f"several times, add up to {fault.number}. Scale the weights."
         )
     if fault.kind == FIRST_SPLIT:
         return f": row_splits starts at {fault.value}; it must start at 0."

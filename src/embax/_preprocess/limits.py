@@ -7,7 +7,7 @@ entries of a device.
 import logging
 import os
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -42,6 +42,10 @@ class LimitExceededError(ValueError):
     def __init__(self, message: str, stats: SparseDenseMatmulInputStats):
         super().__init__(message)
         self.stats = stats
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers of a pool send their exceptions on.
+        return type(self), (str(self), self.stats)
 
 
 class Counts(NamedTuple):
@@ -78,24 +82,43 @@ def spec_limits(plan: Plan, minibatched: bool) -> np.ndarray:
     return np.array(rows, np.int64)
 
 
+class Limits(Protocol):
+    """What a packer asks of its limits."""
+
+    @property
+    def current(self) -> np.ndarray:
+        """int64[stacks, 3]."""
+        ...
+
+    def problem(self, counts: Counts) -> LimitExceededError | None:
+        """What to raise of a batch with these counts, if it cannot be packed."""
+        ...
+
+    def fit(self, counts: Counts) -> np.ndarray:
+        """The limits to pack a batch with that has no problem."""
+        ...
+
+
 class FixedLimits:
-    """The limits of the specs."""
+    """The limits of the specs. A batch beyond one is an error."""
 
     def __init__(self, plan: Plan, minibatched: bool):
         self._plan = plan
         self._minibatched = minibatched
         self.current = spec_limits(plan, minibatched)
 
-    def fit(self, counts: Counts) -> np.ndarray:
-        """The limits to pack a batch with.
-
-        Raises:
-            LimitExceededError: the batch is beyond one.
-        """
+    def problem(self, counts: Counts) -> LimitExceededError | None:
+        """The first limit that the batch is beyond."""
         needs = counts.needs(self._plan.num_sparsecores_per_device, self._minibatched)
-        if (needs > self.current).any():
-            stack, column = map(int, np.argwhere(needs > self.current)[0])
-            raise self._error(counts, stack, column, int(needs[stack, column]))
+        beyond = needs > self.current
+        if not beyond.any():
+            return None
+        stack, column = map(int, np.argwhere(beyond)[0])
+        return self._error(counts, stack, column, int(needs[stack, column]))
+
+    def fit(self, counts: Counts) -> np.ndarray:
+        """The limits, whatever is packed."""
+        del counts
         return self.current
 
     def _error(self, counts: Counts, number: int, column: int, need: int) -> LimitExceededError:
@@ -142,10 +165,9 @@ def _remedy(stack: StackPlan, column: int, value: int) -> str:
 class DroppingLimits(FixedLimits):
     """The limits of the specs; what is beyond them is to be dropped."""
 
-    def fit(self, counts: Counts) -> np.ndarray:
-        """The limits to pack a batch with, whatever it needs."""
+    def problem(self, counts: Counts) -> None:
+        """None: there is no such batch."""
         del counts
-        return self.current
 
 
 class GrowingLimits:
@@ -155,14 +177,15 @@ class GrowingLimits:
     eighth of a limit then grows too, since it would be the next. Each growth is thus by at least a quarter of some limit:
     the number of growths is logarithmic in the largest batch. Limits never shrink.
 
-    Buffers begin at what the specs suggest, if they do, else at the first batch. So do the limits of partitions; with
+    Buffers begin at what the specs suggest, if they do, else at the first batch, as the limits of partitions do. With
     minibatches these begin at those of the specs, and grow only for a bucket of ids that cannot be divided.
     """
 
     def __init__(self, plan: Plan, minibatched: bool):
         self._plan = plan
         self._minibatched = minibatched
-        limits = spec_limits(plan, minibatched)
+        self._of_specs = spec_limits(plan, minibatched)
+        limits = self._of_specs.copy()
         if not minibatched:
             limits[:, :2] = 0
         limits[[stack.spec.suggested_coo_buffer_size_per_device is None for stack in plan.stacks], 2] = 0
@@ -171,7 +194,11 @@ class GrowingLimits:
         # Partitions, and the equal shares of SparseCores, hold multiples of 8 entries.
         share = PARTITION_ALIGNMENT * plan.num_sparsecores_per_device
         self._units = np.array([PARTITION_ALIGNMENT, PARTITION_ALIGNMENT, share])
-        self._growths = 0
+        self._told = False
+
+    def problem(self, counts: Counts) -> None:
+        """None: there is no such batch."""
+        del counts
 
     def fit(self, counts: Counts) -> np.ndarray:
         """The limits to pack a batch with: enough for it and for all before it."""
@@ -182,10 +209,11 @@ class GrowingLimits:
             if (self._needs > before).any():
                 near = (self._needs + self._needs // 8 > before).any(axis=1, keepdims=True)
                 self.current = np.where(near, np.maximum(before, self._with_headroom()), before)
-                self._growths += 1
-            current, growths = self.current, self._growths
-        if current is not before:
-            self._notice(before, current, growths)
+            current = self.current
+            tell = not self._told and bool((current > self._of_specs).any())
+            self._told = self._told or tell
+        if tell:
+            self._notice(current)
         return current
 
     def _with_headroom(self) -> np.ndarray:
@@ -193,15 +221,13 @@ class GrowingLimits:
         wanted = self._needs + self._needs // 4 + 4 * self._units
         return -(-wanted // self._units) * self._units
 
-    def _notice(self, before: np.ndarray, current: np.ndarray, growths: int) -> None:
-        if growths == 2:  # The first growth only is from nothing to the first batch.
-            number = int(np.argmax((current > before).any(axis=1)))
-            _logger.warning(
-                "A batch outgrew the packed buffers, first those of stack %r, from %s to %s (ids a partition, distinct ids, "
-                "entries a device). Steps compile again as buffers grow, a logarithmic number of times; this is said once.",
-                self._plan.stacks[number].name,
-                before[number].tolist(),
-                current[number].tolist(),
-            )
-        else:
-            _logger.debug("Packed buffers grew from %s to %s.", before.tolist(), current.tolist())
+    def _notice(self, current: np.ndarray) -> None:
+        number = int(np.argmax((current > self._of_specs).any(axis=1)))
+        _logger.warning(
+            "A batch is beyond the limits of the specs, first of all those of stack %r, and these limits grow: from %s to %s "
+            "(ids a partition, distinct ids, entries a device). Steps compile again as limits grow, a logarithmic number of "
+            "times; this is said once.",
+            self._plan.stacks[number].name,
+            self._of_specs[number].tolist(),
+            current[number].tolist(),
+        )

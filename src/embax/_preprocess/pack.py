@@ -9,8 +9,8 @@ from embax._preprocess.buffers import PreprocessedInput
 from embax._preprocess.packer import Packer
 from embax._specs import FeatureSpec
 
-_MAX_KEPT = 32
-"""Packers that are kept for the next batch."""
+_MAX_KEPT = 256
+"""Packers that are kept for the next batch; then the oldest goes."""
 
 _packers: dict[Any, tuple[Packer, list[Any]]] = {}
 
@@ -32,13 +32,15 @@ def _packer_for(specs: Any, **options: Any) -> Packer:
             *(table, table.name, table.vocabulary_size, table.embedding_dim),
             *(table._stacked_table_spec, table._setting_in_stack),
         )
-    chosen = tuple(value if isinstance(value, str | int | None) else id(value) for value in options.values())
-    parts += options.values()
-    key = (treedef, chosen, tuple(map(id, parts[: -len(options)])))
-    known = _packers.get(key)
+    try:
+        # With their types, since 1 equals True.
+        key = (treedef, tuple(options.values()), tuple(map(type, options.values())), tuple(map(id, parts)))
+        known = _packers.get(key)
+    except TypeError:  # An option that is no hash is not valid either.
+        return Packer(specs, **options)
     if known is None:
-        if len(_packers) >= _MAX_KEPT:
-            _packers.clear()
+        while len(_packers) >= _MAX_KEPT:
+            _packers.pop(next(iter(_packers), None), None)
         packer = Packer(specs, **options)
         known = _packers.setdefault(key, (packer, parts))
     return known[0]
@@ -74,9 +76,9 @@ def preprocess(
         specs: the placed feature tree (see `embax.prepare_feature_specs_for_training`).
         limits: what happens to a batch that exceeds the limits in the specs (`max_ids_per_partition`,
             `max_unique_ids_per_partition`, `suggested_coo_buffer_size_per_device`): "raise" an error; "grow" the limits
-            as the batches need, whatever the specs say, which compiles the steps that use them again a logarithmic number
-            of times; or "drop" what is beyond them, counted in `stats.id_drop_counters` and `stats.dropped_ids`: of each
-            partition the ids behind the first ones in order of (row, sample), and what the buffer does not hold.
+            as the batches need, which compiles the steps that use them again a logarithmic number of times; or "drop" what
+            is beyond them, counted in `stats.id_drop_counters` and `stats.dropped_ids`: of each partition the ids behind the
+            first ones in order of (row, sample), and what the buffer does not hold.
         validation: what happens to ids outside their vocabulary and to weights that are not finite: "raise" an error;
             "drop" them, counted in `stats.invalid_ids` (a sample whose gains are not finite keeps its ids with gains of
             0); or "trust" that there are none: such an id then names any row or none, such a weight is used.
@@ -87,7 +89,8 @@ def preprocess(
             hash of the ids, so that each is within them. All stacks, devices and hosts have the same number. A limit that
             the ids of one bucket exceed is treated as `limits` says. Lookups and updates give the same results.
         all_reduce: how the hosts agree on minibatches, `embax.DistributedAllReduce()` or the like; None for one host.
-        batch_number: names the batch among the hosts, the same on all of them; None counts the calls.
+        batch_number: names the batch among the hosts, the same on all of them; None counts the batches that were packed with
+            `all_reduce`, which all hosts must then pack in one order.
 
     Returns:
         The packed batch, in NumPy arrays that nothing else refers to, with its statistics.

@@ -1,6 +1,7 @@
 """What packs batch after batch of one placement of the specs."""
 
-import itertools
+import contextlib
+import operator
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +10,12 @@ import jax
 import numpy as np
 
 from embax import _native
-from embax._checks import INT32_MAX, positive_int
+from embax._checks import INT32_MAX, boolean, positive_int
 from embax._preprocess.all_reduce import AllReduceInterface
 from embax._preprocess.buffers import PackedLayout, PreprocessedInput, array_shapes, empty_arrays, make_layout
 from embax._preprocess.faults import Fault, fault_error
 from embax._preprocess.inputs import FlatFeature, flatten_like, read_feature
-from embax._preprocess.limits import Counts, DroppingLimits, FixedLimits, GrowingLimits
+from embax._preprocess.limits import Counts, DroppingLimits, FixedLimits, GrowingLimits, Limits
 from embax._preprocess.minibatch import Agreement
 from embax._preprocess.stats import SparseDenseMatmulInputStats
 from embax._specs import COMBINERS
@@ -58,6 +59,15 @@ def _default_local_devices(plan: Plan) -> int:
     return plan.num_devices // processes
 
 
+def _checked_batch_number(batch_number: Any) -> int:
+    # Each has four keys of an all-reduce, which are below 2**63.
+    with contextlib.suppress(TypeError):
+        number = operator.index(batch_number)
+        if not isinstance(batch_number, bool) and 0 <= number < 2**60:
+            return number
+    raise ValueError(f"batch_number is {batch_number!r}; it must be an integer from 0 to 2**60 - 1, or None.")
+
+
 class Packer:
     """Packs batch after batch for one placement of the specs. Safe to call from several threads.
 
@@ -94,8 +104,8 @@ class Packer:
         self.plan = plan
         self.limits = limits
         self.validation = validation
-        self.has_leading_dimension = bool(has_leading_dimension)
-        self.enable_minibatching = bool(enable_minibatching)
+        self.has_leading_dimension = boolean("Packer", "has_leading_dimension", has_leading_dimension)
+        self.enable_minibatching = boolean("Packer", "enable_minibatching", enable_minibatching)
         if num_local_devices is None:
             num_local_devices = _default_local_devices(plan)
         self.num_local_devices = positive_int(
@@ -113,7 +123,7 @@ class Packer:
                     f"enable_minibatching {where}: all processes must agree on the minibatches. Pass all_reduce, such as "
                     "embax.DistributedAllReduce()."
                 )
-        if all_reduce is not None and not callable(getattr(all_reduce, "bitwise_or", None)):
+        if all_reduce is not None and not isinstance(all_reduce, AllReduceInterface):
             raise ValueError(
                 f"all_reduce is a {type(all_reduce).__name__}; it must be an embax.AllReduceInterface, such as "
                 "embax.DistributedAllReduce(), or a member of an embax.ThreadAllReduce."
@@ -121,8 +131,7 @@ class Packer:
         if all_reduce is not None and not enable_minibatching:
             raise ValueError("all_reduce is for minibatches: pass enable_minibatching=True with it, or leave it out.")
         self._all_reduce = all_reduce
-        self._batch_numbers = itertools.count()
-        self._limits = _LIMITS[limits](plan, self.enable_minibatching)
+        self._limits: Limits = _LIMITS[limits](plan, self.enable_minibatching)
         leaves, self._treedef = jax.tree.flatten(specs)
         self._spec_batches = tuple(map(sample_count, leaves))
         self._skeleton = self._treedef.unflatten([leaf.name for leaf in leaves])
@@ -138,18 +147,23 @@ class Packer:
     def __call__(self, ids: Any, weights: Any = None, *, batch_number: int | None = None) -> PreprocessedInput:
         """Packs one batch; arguments, result and errors are those of `embax.preprocess`."""
         threads = num_threads()
+        if batch_number is not None:
+            batch_number = _checked_batch_number(batch_number)
         if not self.enable_minibatching:
             batch, batch_sizes = self._sort(ids, weights, threads)
-            return self._finish(batch, batch_sizes, self._counts(batch), None, threads)
-        agreement = Agreement(self._all_reduce, next(self._batch_numbers) if batch_number is None else batch_number)
+            counts = self._counts(batch)
+            if problem := self._limits.problem(counts):
+                raise problem
+            return self._finish(batch, batch_sizes, counts, None, self._limits.fit(counts), threads)
+        agreement = Agreement(self._all_reduce, batch_number)
         try:
             batch, batch_sizes = self._sort(ids, weights, threads)
         except Exception:
             agreement.fail()
             raise
         counts = self._counts(batch)
-        num_minibatches = agreement.form_minibatches(batch, counts, self._limits.current, threads)
-        return self._finish(batch, batch_sizes, counts, num_minibatches, threads)
+        number, limits = agreement.settle(batch, counts, self._limits, threads, lambda: self._counts(batch))
+        return self._finish(batch, batch_sizes, counts, number, limits, threads)
 
     def eval_shape(self) -> PreprocessedInput:
         """What `embax.eval_preprocess_shape` returns."""
@@ -210,19 +224,20 @@ class Packer:
         batch_sizes: tuple[int, ...],
         counts: Counts,
         num_minibatches: int | None,
+        limits: np.ndarray,
         threads: int,
     ) -> PreprocessedInput:
-        """Fits the sorted batch into the limits and writes it.
+        """Drops what is beyond the limits, if that was asked for, and writes the batch.
 
         Args:
             batch: sorted, and in minibatches if there are any.
             batch_sizes: samples of each feature on a device.
             counts: of the batch as it was given.
             num_minibatches: None without minibatching.
+            limits: int64[stacks, 3].
             threads: threads to work with.
         """
         minibatched, num_devices = num_minibatches is not None, self.num_local_devices
-        limits = self._limits.fit(counts if num_minibatches in (None, 1) else self._counts(batch))
         stats = counts.as_stats(self._names)
         if self.limits == "drop":
             self._count_dropped(stats, _native.drop(batch, limits, minibatched))

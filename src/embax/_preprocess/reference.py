@@ -27,6 +27,8 @@ def row_gains(combiner: str, given: Sequence[float]) -> list[np.float32]:
         square = np.float64(weight) * np.float64(weight)  # Exact.
         total = total + weight if combiner == "mean" else np.float32(square + np.float64(total))
     divisor = total if combiner == "mean" else np.sqrt(total)
+    assert np.isfinite(divisor)
+    assert divisor != 0 or combiner == "mean" or not any(weights)
     return [weight / divisor if divisor != 0 else np.float32(0) for weight in weights]
 
 

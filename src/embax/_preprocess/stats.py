@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SparseDenseMatmulInputStats:
     """Counts of one packed batch, all of them mappings.
 
