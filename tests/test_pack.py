@@ -545,8 +545,10 @@ def test_packs_in_a_forked_child():
 def test_ends_cleanly_while_a_thread_packs():
     result = run_python(
         """
+        import logging
         import threading
         import test_pack
+        logging.getLogger("embax").setLevel("ERROR")  # Of the notice that limits grow.
         packer, ids, weights = test_pack.many_stacks()
         def busy():
             while True:
