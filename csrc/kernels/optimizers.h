@@ -43,7 +43,7 @@ struct Sgd {
   }
 };
 
-// a += g^2; w -= lr * g / sqrt(a); no step where g is 0, also when a is 0
+// a += g^2; w -= lr * g / sqrt(a); no step where a is still 0
 struct Adagrad {
   static constexpr char kName[] = "adagrad";
   static constexpr int kSlots = 1;
@@ -60,7 +60,7 @@ struct Adagrad {
       const float sum = a[i] + g[i] * g[i];
       a[i] = sum;
       const float step = learning_rate * g[i] / std::sqrt(sum);
-      w[i] -= g[i] == 0.0f ? 0.0f : step;
+      w[i] -= sum == 0.0f ? 0.0f : step;
     }
   }
 };

@@ -124,17 +124,31 @@ void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, in
   }
 }
 
-// Every rule is run; its result is compared for the two whose formulas stand here.
+// Hyperparameters to run a rule with: each set takes another branch of it.
+std::vector<std::vector<float>> HyperparametersOf(const std::string& rule) {
+  return {{0.5f}};
+}
+
+// The formulas: new [table, slots...] of an element from its gradient and the old ones; empty for an unknown rule.
+std::vector<double> Formula(const std::string& rule, const std::vector<float>& h, double g, const std::vector<double>& s) {
+  if (rule == "sgd") return {s[0] - h[0] * g};
+  if (rule == "adagrad") return {s[0] - h[0] * g / std::sqrt(s[1] + g * g), s[1] + g * g};
+  return {};
+}
+
 void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19937& random, int64_t dim,
-                int64_t minibatches, bool damaged) {
+                int64_t minibatches, bool damaged, std::vector<float> hyperparameters) {
   Batch batch = Sound(random, 3, 3, 40, 7);
   if (damaged) batch = Damaged(random, batch);
   const int64_t size = batch.partitions * batch.rows * dim;
   const std::vector<float> gradient = Draw(random, batch.sources * batch.samples * dim);
-  const std::vector<float> hyperparameters(embax::kMaxHyperparameters, 0.5f);
+  hyperparameters.resize(embax::kMaxHyperparameters);
   std::vector<std::vector<float>> state(1 + rule.num_slots, Draw(random, size));
   for (auto& slot : state) {
     if (&slot != &state[0]) slot.assign(size, 0.25f);
+  }
+  if (rule.num_slots == 2) {  // Elements of some rows of equal slots, elements of others of different ones.
+    for (int64_t i = 0; i < size; ++i) state[2][i] = i / dim % 2 ? 0.25f : static_cast<float>(i % 3);
   }
   std::vector<std::vector<float>> wanted = state;
   std::vector<Entries> entries;
@@ -168,15 +182,15 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
   });
   const std::string name = rule.name;
   for (int64_t i = 0; i < size; ++i) {
-    const float g = sums[i];
     bool ok = true;
     if (!touched[i / dim]) {
       for (int k = 0; k <= rule.num_slots; ++k) ok = ok && state[k][i] == wanted[k][i];
-    } else if (name == "sgd") {
-      ok = Near(state[0][i], wanted[0][i] - 0.5f * g);
-    } else if (name == "adagrad") {
-      const float a = wanted[1][i] + g * g;
-      ok = Near(state[1][i], a) && Near(state[0][i], wanted[0][i] - 0.5f * g / std::sqrt(a));
+    } else {
+      std::vector<double> before;
+      for (const auto& slot : wanted) before.push_back(slot[i]);
+      const std::vector<double> after = Formula(name, hyperparameters, sums[i], before);
+      ok = after.size() == before.size();
+      for (size_t k = 0; ok && k < after.size(); ++k) ok = Near(state[k][i], static_cast<float>(after[k]));
     }
     if (!ok) return Expect(false, std::string(kernels.isa) + ": " + name + ", dim " + std::to_string(dim));
   }
@@ -193,7 +207,9 @@ int main() {
       for (const bool damaged : {false, true}) {
         TestLookup(kernels, random, dim, minibatches, damaged);
         for (int rule = 0; rule < kernels.num_rules; ++rule) {
-          TestUpdate(kernels, kernels.rules[rule], random, dim, minibatches, damaged);
+          for (const auto& hyperparameters : HyperparametersOf(kernels.rules[rule].name)) {
+            TestUpdate(kernels, kernels.rules[rule], random, dim, minibatches, damaged, hyperparameters);
+          }
         }
       }
     }
