@@ -41,6 +41,8 @@ from embax._stacking.whole_tables import unshard_and_unstack_tables as unshard_a
 from embax._variables import EmbeddingVariables as EmbeddingVariables
 from embax._variables import init_embedding_variables as init_embedding_variables
 from embax._version import __version__ as __version__
+from embax.optimizers import AdagradMomentumOptimizerSpec as AdagradMomentumOptimizerSpec
+from embax.optimizers import AdagradMomentumSlotVariables as AdagradMomentumSlotVariables
 from embax.optimizers import AdagradOptimizerSpec as AdagradOptimizerSpec
 from embax.optimizers import AdagradSlotVariables as AdagradSlotVariables
 from embax.optimizers import OptimizerSpec as OptimizerSpec

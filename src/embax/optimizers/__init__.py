@@ -3,5 +3,7 @@
 from embax.optimizers._base import OptimizerSpec as OptimizerSpec
 from embax.optimizers.adagrad import AdagradOptimizerSpec as AdagradOptimizerSpec
 from embax.optimizers.adagrad import AdagradSlotVariables as AdagradSlotVariables
+from embax.optimizers.adagrad_momentum import AdagradMomentumOptimizerSpec as AdagradMomentumOptimizerSpec
+from embax.optimizers.adagrad_momentum import AdagradMomentumSlotVariables as AdagradMomentumSlotVariables
 from embax.optimizers.sgd import SGDOptimizerSpec as SGDOptimizerSpec
 from embax.optimizers.sgd import SGDSlotVariables as SGDSlotVariables
