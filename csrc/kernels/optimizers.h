@@ -16,7 +16,8 @@
 #define EMBAX_ROW_RULES(X) \
   X(Sgd)                   \
   X(Adagrad)               \
-  X(AdagradMomentum)
+  X(AdagradMomentum)       \
+  X(Adam)
 
 // Each instruction set compiles its own copy of everything below; the inner namespace keeps the linker from mixing them.
 namespace embax {
@@ -101,6 +102,32 @@ struct AdagradMomentum {
       const float momentum = decay * m[i] + s;
       m[i] = momentum;
       w[i] -= learning_rate * (nesterov ? decay * momentum + s : momentum);
+    }
+  }
+};
+
+// m += (1 - b1) * (g - m); v += (1 - b2) * (g^2 - v); w -= alpha * m / (sqrt(v) + eps), no step where that divides by 0
+struct Adam {
+  static constexpr char kName[] = "adam";
+  static constexpr int kSlots = 2;
+  static constexpr int kHyperparameters = 4;
+  float alpha, rate_1, rate_2, epsilon;
+
+  explicit Adam(const float* h) : alpha(h[0]), rate_1(1.0f - h[1]), rate_2(1.0f - h[2]), epsilon(h[3]) {}
+
+  template <int kDim>
+  void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
+    float* __restrict w = rows[0];
+    float* __restrict m = rows[1];
+    float* __restrict v = rows[2];
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
+      const float momentum = m[i] + rate_1 * (g[i] - m[i]);
+      const float velocity = v[i] + rate_2 * (g[i] * g[i] - v[i]);
+      m[i] = momentum;
+      v[i] = velocity;
+      const float denominator = std::sqrt(velocity) + epsilon;
+      const float step = alpha * momentum / denominator;
+      w[i] -= denominator == 0.0f ? 0.0f : step;
     }
   }
 };

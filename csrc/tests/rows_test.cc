@@ -127,6 +127,7 @@ void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, in
 // Hyperparameters to run a rule with: each set takes another branch of it.
 std::vector<std::vector<float>> HyperparametersOf(const std::string& rule) {
   if (rule == "adagrad_momentum") return {{0.5f, 0.9f, 1.0f, 1e-3f, 2.0f, 0.0f}, {0.5f, 0.9f, 0.7f, 1e-3f, 3.0f, 1.0f}};
+  if (rule == "adam") return {{0.5f, 0.9f, 0.7f, 1e-3f}};
   return {{0.5f}};
 }
 
@@ -138,6 +139,10 @@ std::vector<double> Formula(const std::string& rule, const std::vector<float>& h
     const double a = h[2] == 1 ? s[1] + g * g : h[2] * s[1] + (1 - h[2]) * g * g;
     const double step = g * std::pow(a + h[3], -1.0 / h[4]), m = h[1] * s[2] + step;
     return {s[0] - h[0] * (h[5] != 0 ? h[1] * m + step : m), a, m};
+  }
+  if (rule == "adam") {
+    const double m = h[1] * s[1] + (1 - h[1]) * g, v = h[2] * s[2] + (1 - h[2]) * g * g;
+    return {s[0] - h[0] * m / (std::sqrt(v) + h[3]), m, v};
   }
   return {};
 }

@@ -45,6 +45,8 @@ from embax.optimizers import AdagradMomentumOptimizerSpec as AdagradMomentumOpti
 from embax.optimizers import AdagradMomentumSlotVariables as AdagradMomentumSlotVariables
 from embax.optimizers import AdagradOptimizerSpec as AdagradOptimizerSpec
 from embax.optimizers import AdagradSlotVariables as AdagradSlotVariables
+from embax.optimizers import AdamOptimizerSpec as AdamOptimizerSpec
+from embax.optimizers import AdamSlotVariables as AdamSlotVariables
 from embax.optimizers import OptimizerSpec as OptimizerSpec
 from embax.optimizers import SGDOptimizerSpec as SGDOptimizerSpec
 from embax.optimizers import SGDSlotVariables as SGDSlotVariables

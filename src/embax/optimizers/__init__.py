@@ -5,5 +5,7 @@ from embax.optimizers.adagrad import AdagradOptimizerSpec as AdagradOptimizerSpe
 from embax.optimizers.adagrad import AdagradSlotVariables as AdagradSlotVariables
 from embax.optimizers.adagrad_momentum import AdagradMomentumOptimizerSpec as AdagradMomentumOptimizerSpec
 from embax.optimizers.adagrad_momentum import AdagradMomentumSlotVariables as AdagradMomentumSlotVariables
+from embax.optimizers.adam import AdamOptimizerSpec as AdamOptimizerSpec
+from embax.optimizers.adam import AdamSlotVariables as AdamSlotVariables
 from embax.optimizers.sgd import SGDOptimizerSpec as SGDOptimizerSpec
 from embax.optimizers.sgd import SGDSlotVariables as SGDSlotVariables
