@@ -17,7 +17,8 @@
   X(Sgd)                   \
   X(Adagrad)               \
   X(AdagradMomentum)       \
-  X(Adam)
+  X(Adam)                  \
+  X(Ftrl)
 
 // Each instruction set compiles its own copy of everything below; the inner namespace keeps the linker from mixing them.
 namespace embax {
@@ -128,6 +129,47 @@ struct Adam {
       const float denominator = std::sqrt(velocity) + epsilon;
       const float step = alpha * momentum / denominator;
       w[i] -= denominator == 0.0f ? 0.0f : step;
+    }
+  }
+};
+
+// A = a + g^2; L = l + scale * g - (A^-p - a^-p) * per_rate * w; den = (A^-p + beta) * per_rate + 2 * scale * l2;
+// w = (clip(L, -scale * l1, scale * l1) - L) / den, as it was where den is 0; a, l = A, L.
+// The linear term is in units of the gradient times the scale, which is lr or 1.
+struct Ftrl {
+  static constexpr char kName[] = "ftrl";
+  static constexpr int kSlots = 2;
+  static constexpr int kHyperparameters = 6;
+  float scale, per_rate, power, threshold, twice_l2, beta;
+
+  explicit Ftrl(const float* h)
+      : scale(h[5] != 0.0f ? h[0] : 1.0f), per_rate(h[5] != 0.0f ? 1.0f : 1.0f / h[0]), power(-h[1]),
+        threshold(scale * h[2]), twice_l2(2.0f * scale * h[3]), beta(h[4]) {}
+
+  // As for AdagradMomentum.
+  template <int kDim>
+  void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
+    if (power == 0.5f) return Elements<kDim, true>(g, rows, dim);
+    Elements<kDim, false>(g, rows, dim);
+  }
+
+ private:
+  template <int kDim, bool kSquareRoot>
+  void Elements(const float* __restrict g, float* const* rows, int64_t dim) const {
+    float* __restrict w = rows[0];
+    float* __restrict a = rows[1];
+    float* __restrict l = rows[2];
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
+      const float sum = a[i] + g[i] * g[i];
+      const float root = kSquareRoot ? std::sqrt(sum) : std::pow(sum, power);
+      const float old_root = kSquareRoot ? std::sqrt(a[i]) : std::pow(a[i], power);
+      const float linear = l[i] + scale * g[i] - (root - old_root) * per_rate * w[i];
+      a[i] = sum;
+      l[i] = linear;
+      const float denominator = (root + beta) * per_rate + twice_l2;
+      const float clipped = linear < -threshold ? -threshold : linear > threshold ? threshold : linear;
+      const float solution = (clipped - linear) / denominator;
+      w[i] = denominator == 0.0f ? w[i] : solution;
     }
   }
 };

@@ -128,6 +128,7 @@ void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, in
 std::vector<std::vector<float>> HyperparametersOf(const std::string& rule) {
   if (rule == "adagrad_momentum") return {{0.5f, 0.9f, 1.0f, 1e-3f, 2.0f, 0.0f}, {0.5f, 0.9f, 0.7f, 1e-3f, 3.0f, 1.0f}};
   if (rule == "adam") return {{0.5f, 0.9f, 0.7f, 1e-3f}};
+  if (rule == "ftrl") return {{0.5f, -0.5f, 0.3f, 0.1f, 0.2f, 0.0f}, {0.5f, -0.7f, 0.3f, 0.1f, 0.2f, 1.0f}};
   return {{0.5f}};
 }
 
@@ -143,6 +144,14 @@ std::vector<double> Formula(const std::string& rule, const std::vector<float>& h
   if (rule == "adam") {
     const double m = h[1] * s[1] + (1 - h[1]) * g, v = h[2] * s[2] + (1 - h[2]) * g * g;
     return {s[0] - h[0] * m / (std::sqrt(v) + h[3]), m, v};
+  }
+  if (rule == "ftrl") {
+    const double a = s[1] + g * g, p = std::pow(a, -h[1]), q = std::pow(s[1], -h[1]), rate = h[0];
+    const bool multiply = h[5] != 0;
+    const double l = multiply ? s[2] + rate * g - (p - q) * s[0] : s[2] + g - (p - q) / rate * s[0];
+    const double l1 = multiply ? rate * h[2] : h[2];
+    const double denominator = multiply ? p + 2 * rate * h[3] + h[4] : (p + h[4]) / rate + 2 * h[3];
+    return {(std::fmin(std::fmax(l, -l1), l1) - l) / denominator, a, l};
   }
   return {};
 }

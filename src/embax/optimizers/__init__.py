@@ -7,5 +7,7 @@ from embax.optimizers.adagrad_momentum import AdagradMomentumOptimizerSpec as Ad
 from embax.optimizers.adagrad_momentum import AdagradMomentumSlotVariables as AdagradMomentumSlotVariables
 from embax.optimizers.adam import AdamOptimizerSpec as AdamOptimizerSpec
 from embax.optimizers.adam import AdamSlotVariables as AdamSlotVariables
+from embax.optimizers.ftrl import FTRLOptimizerSpec as FTRLOptimizerSpec
+from embax.optimizers.ftrl import FTRLSlotVariables as FTRLSlotVariables
 from embax.optimizers.sgd import SGDOptimizerSpec as SGDOptimizerSpec
 from embax.optimizers.sgd import SGDSlotVariables as SGDSlotVariables
