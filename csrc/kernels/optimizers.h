@@ -18,7 +18,8 @@
   X(Adagrad)               \
   X(AdagradMomentum)       \
   X(Adam)                  \
-  X(Ftrl)
+  X(Ftrl)                  \
+  X(LaProp)
 
 // Each instruction set compiles its own copy of everything below; the inner namespace keeps the linker from mixing them.
 namespace embax {
@@ -170,6 +171,33 @@ struct Ftrl {
       const float clipped = linear < -threshold ? -threshold : linear > threshold ? threshold : linear;
       const float solution = (clipped - linear) / denominator;
       w[i] = denominator == 0.0f ? w[i] : solution;
+    }
+  }
+};
+
+// nu = d * nu + (1 - d) * (g^2 + eps); mu = b1 * mu + sqrt(1 - b1^2) * g / sqrt(nu), its second term 0 where nu is 0;
+// w -= lr * mu
+struct LaProp {
+  static constexpr char kName[] = "laprop";
+  static constexpr int kSlots = 2;
+  static constexpr int kHyperparameters = 4;
+  float learning_rate, b1, share, decay, epsilon;
+
+  explicit LaProp(const float* h)
+      : learning_rate(h[0]), b1(h[1]), share(std::sqrt((1.0f - h[1]) * (1.0f + h[1]))), decay(h[2]), epsilon(h[3]) {}
+
+  template <int kDim>
+  void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
+    float* __restrict w = rows[0];
+    float* __restrict mu = rows[1];
+    float* __restrict nu = rows[2];
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
+      const float mean = decay * nu[i] + (1.0f - decay) * (g[i] * g[i] + epsilon);
+      nu[i] = mean;
+      const float scaled = share * g[i] / std::sqrt(mean);
+      const float momentum = b1 * mu[i] + (mean == 0.0f ? 0.0f : scaled);
+      mu[i] = momentum;
+      w[i] -= learning_rate * momentum;
     }
   }
 };

@@ -129,6 +129,7 @@ std::vector<std::vector<float>> HyperparametersOf(const std::string& rule) {
   if (rule == "adagrad_momentum") return {{0.5f, 0.9f, 1.0f, 1e-3f, 2.0f, 0.0f}, {0.5f, 0.9f, 0.7f, 1e-3f, 3.0f, 1.0f}};
   if (rule == "adam") return {{0.5f, 0.9f, 0.7f, 1e-3f}};
   if (rule == "ftrl") return {{0.5f, -0.5f, 0.3f, 0.1f, 0.2f, 0.0f}, {0.5f, -0.7f, 0.3f, 0.1f, 0.2f, 1.0f}};
+  if (rule == "laprop") return {{0.5f, 0.9f, 0.7f, 1e-3f}};
   return {{0.5f}};
 }
 
@@ -152,6 +153,11 @@ std::vector<double> Formula(const std::string& rule, const std::vector<float>& h
     const double l1 = multiply ? rate * h[2] : h[2];
     const double denominator = multiply ? p + 2 * rate * h[3] + h[4] : (p + h[4]) / rate + 2 * h[3];
     return {(std::fmin(std::fmax(l, -l1), l1) - l) / denominator, a, l};
+  }
+  if (rule == "laprop") {
+    const double nu = h[2] * s[2] + (1 - h[2]) * (g * g + h[3]);
+    const double mu = h[1] * s[1] + std::sqrt(1.0 - h[1] * h[1]) * g / std::sqrt(nu);
+    return {s[0] - h[0] * mu, mu, nu};
   }
   return {};
 }

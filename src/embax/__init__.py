@@ -49,6 +49,8 @@ from embax.optimizers import AdamOptimizerSpec as AdamOptimizerSpec
 from embax.optimizers import AdamSlotVariables as AdamSlotVariables
 from embax.optimizers import FTRLOptimizerSpec as FTRLOptimizerSpec
 from embax.optimizers import FTRLSlotVariables as FTRLSlotVariables
+from embax.optimizers import LaPropOptimizerSpec as LaPropOptimizerSpec
+from embax.optimizers import LaPropSlotVariables as LaPropSlotVariables
 from embax.optimizers import OptimizerSpec as OptimizerSpec
 from embax.optimizers import SGDOptimizerSpec as SGDOptimizerSpec
 from embax.optimizers import SGDSlotVariables as SGDSlotVariables

@@ -9,5 +9,7 @@ from embax.optimizers.adam import AdamOptimizerSpec as AdamOptimizerSpec
 from embax.optimizers.adam import AdamSlotVariables as AdamSlotVariables
 from embax.optimizers.ftrl import FTRLOptimizerSpec as FTRLOptimizerSpec
 from embax.optimizers.ftrl import FTRLSlotVariables as FTRLSlotVariables
+from embax.optimizers.laprop import LaPropOptimizerSpec as LaPropOptimizerSpec
+from embax.optimizers.laprop import LaPropSlotVariables as LaPropSlotVariables
 from embax.optimizers.sgd import SGDOptimizerSpec as SGDOptimizerSpec
 from embax.optimizers.sgd import SGDSlotVariables as SGDSlotVariables
