@@ -19,7 +19,8 @@
   X(AdagradMomentum)       \
   X(Adam)                  \
   X(Ftrl)                  \
-  X(LaProp)
+  X(LaProp)                \
+  X(F2a)
 
 // Each instruction set compiles its own copy of everything below; the inner namespace keeps the linker from mixing them.
 namespace embax {
@@ -198,6 +199,50 @@ struct LaProp {
       const float momentum = b1 * mu[i] + (mean == 0.0f ? 0.0f : scaled);
       mu[i] = momentum;
       w[i] -= learning_rate * momentum;
+    }
+  }
+};
+
+// n += 1; f = min((max(t, 1) / n)^rho, max_multiplier); a += g^2;
+// w -= lr * (f * g / sqrt(a) + l1 * sign(w) + l2 * w), the first term 0 where a is 0
+struct F2a {
+  static constexpr char kName[] = "f2a";
+  static constexpr int kSlots = 2;
+  static constexpr int kHyperparameters = 6;
+  float learning_rate, rho, l1, l2, max_multiplier, step;
+
+  explicit F2a(const float* h)
+      : learning_rate(h[0]), rho(h[1]), l1(h[2]), l2(h[3]), max_multiplier(h[4]), step(h[5] < 1.0f ? 1.0f : h[5]) {}
+
+  // A row is updated as a whole, so its elements count the same steps, unless it was loaded otherwise: one power for all.
+  template <int kDim>
+  void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
+    const float* __restrict n = rows[2];
+    int32_t others = 0;
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) others += n[i] != n[0];
+    if (others == 0) return Elements<kDim, true>(g, rows, dim);
+    Elements<kDim, false>(g, rows, dim);
+  }
+
+ private:
+  float Multiplier(float n) const {
+    const float multiplier = std::pow(step / n, rho);
+    return multiplier > max_multiplier ? max_multiplier : multiplier;
+  }
+
+  template <int kDim, bool kSame>
+  void Elements(const float* __restrict g, float* const* rows, int64_t dim) const {
+    float* __restrict w = rows[0];
+    float* __restrict a = rows[1];
+    float* __restrict n = rows[2];
+    const float of_all = kSame ? Multiplier(n[0] + 1.0f) : 0.0f;
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
+      n[i] += 1.0f;
+      const float sum = a[i] + g[i] * g[i];
+      a[i] = sum;
+      const float scaled = (kSame ? of_all : Multiplier(n[i])) * g[i] / std::sqrt(sum);
+      const float sign = w[i] > 0.0f ? 1.0f : w[i] < 0.0f ? -1.0f : 0.0f;
+      w[i] -= learning_rate * ((sum == 0.0f ? 0.0f : scaled) + l1 * sign + l2 * w[i]);
     }
   }
 };

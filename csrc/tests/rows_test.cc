@@ -130,6 +130,7 @@ std::vector<std::vector<float>> HyperparametersOf(const std::string& rule) {
   if (rule == "adam") return {{0.5f, 0.9f, 0.7f, 1e-3f}};
   if (rule == "ftrl") return {{0.5f, -0.5f, 0.3f, 0.1f, 0.2f, 0.0f}, {0.5f, -0.7f, 0.3f, 0.1f, 0.2f, 1.0f}};
   if (rule == "laprop") return {{0.5f, 0.9f, 0.7f, 1e-3f}};
+  if (rule == "f2a") return {{0.5f, 0.7f, 0.1f, 0.2f, 2.0f, 9.0f}};
   return {{0.5f}};
 }
 
@@ -158,6 +159,11 @@ std::vector<double> Formula(const std::string& rule, const std::vector<float>& h
     const double nu = h[2] * s[2] + (1 - h[2]) * (g * g + h[3]);
     const double mu = h[1] * s[1] + std::sqrt(1.0 - h[1] * h[1]) * g / std::sqrt(nu);
     return {s[0] - h[0] * mu, mu, nu};
+  }
+  if (rule == "f2a") {
+    const double n = s[2] + 1, a = s[1] + g * g, f = std::fmin(std::pow(h[5] / n, h[1]), h[4]);
+    const double sign = (s[0] > 0) - (s[0] < 0);
+    return {s[0] - h[0] * (f * g / std::sqrt(a) + h[2] * sign + h[3] * s[0]), a, n};
   }
   return {};
 }
