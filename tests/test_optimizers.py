@@ -1,5 +1,6 @@
 """Every optimizer against its formula in float64, by both lowerings, and against optax where every row is touched."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -488,6 +489,22 @@ def test_slots(spec, name, slots):
     assert (spec.short_name(), spec.slot_variables_count()) == (name, len(slots))
     for initializer, value in zip(initializers, slots, strict=True):
         np.testing.assert_array_equal(initializer(jax.random.key(0), (2, 3), jnp.float32), np.full((2, 3), value, "f4"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields"),
+    [
+        (embax.SGDOptimizerSpec(), (0.001,)),
+        (embax.AdagradOptimizerSpec(), (0.001, 0.1)),
+        (embax.AdagradMomentumOptimizerSpec(), (0.001, 0.9, 1.0, 1e-10, 2.0, False, 0.1, 0.0)),
+        (embax.AdamOptimizerSpec(), (0.001, 0.9, 0.999, 1e-8)),
+        (embax.FTRLOptimizerSpec(), (0.01, -0.5, 0.0, 0.0, 0.0, 0.1, 0.0, False)),
+        (embax.LaPropOptimizerSpec(), (0.001, 0.9, 0.95, 1e-30, None, 0.0)),
+        (embax.F2AOptimizerSpec(), (0.01, 0.5, 0.1, 0.0, 0.0, 0.0, 1e6)),
+    ],
+)
+def test_defaults_are_those_of_the_reference(spec, fields):
+    assert dataclasses.astuple(spec) == fields
 
 
 BAD_FIELDS = [
