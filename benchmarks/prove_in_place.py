@@ -26,7 +26,7 @@ VOCABULARIES = (1 << 20, 1 << 22)
 
 
 def feature_specs(vocabulary: int) -> dict[str, embax.FeatureSpec]:
-    """Two features that share an Adagrad table and one with an SGD table: three arrays of `vocabulary` x `DIM`."""
+    """Two features that share an Adagrad table and one with an Adam table: five arrays of `vocabulary` x `DIM`."""
 
     def table(name: str, optimizer: embax.OptimizerSpec) -> embax.TableSpec:
         return embax.TableSpec(
@@ -38,7 +38,7 @@ def feature_specs(vocabulary: int) -> dict[str, embax.FeatureSpec]:
             combiner="sum",
         )
 
-    tables = [table("adagrad", embax.AdagradOptimizerSpec(0.1)), table("sgd", embax.SGDOptimizerSpec(0.1))]
+    tables = [table("adagrad", embax.AdagradOptimizerSpec(0.1)), table("adam", embax.AdamOptimizerSpec(0.1))]
     features = {
         name: embax.FeatureSpec(name=name, table_spec=spec, input_shape=(BATCH, 1), output_shape=(BATCH, DIM))
         for name, spec in (("user", tables[0]), ("item", tables[0]), ("context", tables[1]))
@@ -48,7 +48,7 @@ def feature_specs(vocabulary: int) -> dict[str, embax.FeatureSpec]:
 
 def table_bytes(vocabulary: int) -> int:
     """Bytes of all tables and slots of `feature_specs`."""
-    return 3 * vocabulary * DIM * 4
+    return 5 * vocabulary * DIM * 4
 
 
 def linear_loss(activations: dict[str, jax.Array], target: jax.Array) -> jax.Array:
@@ -80,7 +80,8 @@ def compile_explicit(vocabulary: int, loss: Callable, *, scan: bool) -> Any:
     def step(variables, packed):
         activations = embax.lookup(packed, variables, specs=specs)
         value, gradients = jax.value_and_grad(loss)(activations, target)
-        return embax.apply_gradients(gradients, packed, variables, specs=specs, activations=activations), value
+        new = embax.apply_gradients(gradients, packed, variables, specs=specs, step=0, activations=activations)
+        return new, value
 
     def steps(variables, packed):
         return jax.lax.scan(step, variables, packed)
@@ -113,7 +114,7 @@ def compile_nnx(vocabulary: int, loss: Callable, *, scan: bool) -> Any:
 
     def step(model, optimizer, packed):
         def loss_of(model):
-            return loss(model.embed(packed), model.dense(target))
+            return loss(model.embed(packed, step=0), model.dense(target))
 
         value, gradients = nnx.value_and_grad(loss_of)(model)
         optimizer.update(model, gradients)

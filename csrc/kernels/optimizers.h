@@ -15,7 +15,12 @@
 
 #define EMBAX_ROW_RULES(X) \
   X(Sgd)                   \
-  X(Adagrad)
+  X(Adagrad)               \
+  X(AdagradMomentum)       \
+  X(Adam)                  \
+  X(Ftrl)                  \
+  X(LaProp)                \
+  X(F2a)
 
 // Each instruction set compiles its own copy of everything below; the inner namespace keeps the linker from mixing them.
 namespace embax {
@@ -43,7 +48,7 @@ struct Sgd {
   }
 };
 
-// a += g^2; w -= lr * g / sqrt(a); no step where g is 0, also when a is 0
+// a += g^2; w -= lr * g / sqrt(a); no step where a is still 0
 struct Adagrad {
   static constexpr char kName[] = "adagrad";
   static constexpr int kSlots = 1;
@@ -60,7 +65,184 @@ struct Adagrad {
       const float sum = a[i] + g[i] * g[i];
       a[i] = sum;
       const float step = learning_rate * g[i] / std::sqrt(sum);
-      w[i] -= g[i] == 0.0f ? 0.0f : step;
+      w[i] -= sum == 0.0f ? 0.0f : step;
+    }
+  }
+};
+
+// a = beta2 * a + share * g^2; s = g * (a + eps)^(-1/exponent), 0 where a + eps is 0; m = k * m + s;
+// w -= lr * (k * m + s with Nesterov, else m). The share is 1 - beta2, but 1 where beta2 is 1.
+struct AdagradMomentum {
+  static constexpr char kName[] = "adagrad_momentum";
+  static constexpr int kSlots = 2;
+  static constexpr int kHyperparameters = 6;
+  float learning_rate, decay, beta2, share, epsilon, power;
+  bool nesterov;
+
+  explicit AdagradMomentum(const float* h)
+      : learning_rate(h[0]), decay(h[1]), beta2(h[2]), share(h[2] == 1.0f ? 1.0f : 1.0f - h[2]), epsilon(h[3]),
+        power(-1.0f / h[4]), nesterov(h[5] != 0.0f) {}
+
+  // The square root of its own loop is 15 times as fast as a call of pow for each element, for which nothing vectorizes.
+  template <int kDim>
+  void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
+    if (power == -0.5f) return Elements<kDim, true>(g, rows, dim);
+    Elements<kDim, false>(g, rows, dim);
+  }
+
+ private:
+  template <int kDim, bool kSquareRoot>
+  void Elements(const float* __restrict g, float* const* rows, int64_t dim) const {
+    float* __restrict w = rows[0];
+    float* __restrict a = rows[1];
+    float* __restrict m = rows[2];
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
+      const float sum = beta2 * a[i] + share * g[i] * g[i];
+      a[i] = sum;
+      const float base = sum + epsilon;
+      const float scaled = kSquareRoot ? g[i] / std::sqrt(base) : g[i] * std::pow(base, power);
+      const float s = base == 0.0f ? 0.0f : scaled;
+      const float momentum = decay * m[i] + s;
+      m[i] = momentum;
+      w[i] -= learning_rate * (nesterov ? decay * momentum + s : momentum);
+    }
+  }
+};
+
+// m += (1 - b1) * (g - m); v += (1 - b2) * (g^2 - v); w -= alpha * m / (sqrt(v) + eps), no step where that divides by 0
+struct Adam {
+  static constexpr char kName[] = "adam";
+  static constexpr int kSlots = 2;
+  static constexpr int kHyperparameters = 4;
+  float alpha, rate_1, rate_2, epsilon;
+
+  explicit Adam(const float* h) : alpha(h[0]), rate_1(1.0f - h[1]), rate_2(1.0f - h[2]), epsilon(h[3]) {}
+
+  template <int kDim>
+  void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
+    float* __restrict w = rows[0];
+    float* __restrict m = rows[1];
+    float* __restrict v = rows[2];
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
+      const float momentum = m[i] + rate_1 * (g[i] - m[i]);
+      const float velocity = v[i] + rate_2 * (g[i] * g[i] - v[i]);
+      m[i] = momentum;
+      v[i] = velocity;
+      const float denominator = std::sqrt(velocity) + epsilon;
+      const float step = alpha * momentum / denominator;
+      w[i] -= denominator == 0.0f ? 0.0f : step;
+    }
+  }
+};
+
+// A = a + g^2; L = l + scale * g - (A^-p - a^-p) * per_rate * w; den = (A^-p + beta) * per_rate + 2 * scale * l2;
+// w = (clip(L, -scale * l1, scale * l1) - L) / den, as it was where den is 0; a, l = A, L.
+// The linear term is in units of the gradient times the scale, which is lr or 1.
+struct Ftrl {
+  static constexpr char kName[] = "ftrl";
+  static constexpr int kSlots = 2;
+  static constexpr int kHyperparameters = 6;
+  float scale, per_rate, power, threshold, twice_l2, beta;
+
+  explicit Ftrl(const float* h)
+      : scale(h[5] != 0.0f ? h[0] : 1.0f), per_rate(h[5] != 0.0f ? 1.0f : 1.0f / h[0]), power(-h[1]),
+        threshold(scale * h[2]), twice_l2(2.0f * scale * h[3]), beta(h[4]) {}
+
+  // As for AdagradMomentum.
+  template <int kDim>
+  void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
+    if (power == 0.5f) return Elements<kDim, true>(g, rows, dim);
+    Elements<kDim, false>(g, rows, dim);
+  }
+
+ private:
+  template <int kDim, bool kSquareRoot>
+  void Elements(const float* __restrict g, float* const* rows, int64_t dim) const {
+    float* __restrict w = rows[0];
+    float* __restrict a = rows[1];
+    float* __restrict l = rows[2];
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
+      const float sum = a[i] + g[i] * g[i];
+      const float root = kSquareRoot ? std::sqrt(sum) : std::pow(sum, power);
+      const float old_root = kSquareRoot ? std::sqrt(a[i]) : std::pow(a[i], power);
+      const float linear = l[i] + scale * g[i] - (root - old_root) * per_rate * w[i];
+      a[i] = sum;
+      l[i] = linear;
+      const float denominator = (root + beta) * per_rate + twice_l2;
+      const float clipped = linear < -threshold ? -threshold : linear > threshold ? threshold : linear;
+      const float solution = (clipped - linear) / denominator;
+      w[i] = denominator == 0.0f ? w[i] : solution;
+    }
+  }
+};
+
+// nu = d * nu + (1 - d) * (g^2 + eps); mu = b1 * mu + sqrt(1 - b1^2) * g / sqrt(nu), its second term 0 where nu is 0;
+// w -= lr * mu
+struct LaProp {
+  static constexpr char kName[] = "laprop";
+  static constexpr int kSlots = 2;
+  static constexpr int kHyperparameters = 4;
+  float learning_rate, b1, share, decay, epsilon;
+
+  explicit LaProp(const float* h)
+      : learning_rate(h[0]), b1(h[1]), share(std::sqrt((1.0f - h[1]) * (1.0f + h[1]))), decay(h[2]), epsilon(h[3]) {}
+
+  template <int kDim>
+  void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
+    float* __restrict w = rows[0];
+    float* __restrict mu = rows[1];
+    float* __restrict nu = rows[2];
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
+      const float mean = decay * nu[i] + (1.0f - decay) * (g[i] * g[i] + epsilon);
+      nu[i] = mean;
+      const float scaled = share * g[i] / std::sqrt(mean);
+      const float momentum = b1 * mu[i] + (mean == 0.0f ? 0.0f : scaled);
+      mu[i] = momentum;
+      w[i] -= learning_rate * momentum;
+    }
+  }
+};
+
+// n += 1; f = min((max(t, 1) / n)^rho, max_multiplier); a += g^2;
+// w -= lr * (f * g / sqrt(a) + l1 * sign(w) + l2 * w), the first term 0 where a is 0
+struct F2a {
+  static constexpr char kName[] = "f2a";
+  static constexpr int kSlots = 2;
+  static constexpr int kHyperparameters = 6;
+  float learning_rate, rho, l1, l2, max_multiplier, step;
+
+  explicit F2a(const float* h)
+      : learning_rate(h[0]), rho(h[1]), l1(h[2]), l2(h[3]), max_multiplier(h[4]), step(h[5] < 1.0f ? 1.0f : h[5]) {}
+
+  // A row is updated as a whole, so its elements count the same steps, unless it was loaded otherwise: one power for all.
+  template <int kDim>
+  void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
+    const float* __restrict n = rows[2];
+    int32_t others = 0;
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) others += n[i] != n[0];
+    if (others == 0) return Elements<kDim, true>(g, rows, dim);
+    Elements<kDim, false>(g, rows, dim);
+  }
+
+ private:
+  float Multiplier(float n) const {
+    const float multiplier = std::pow(step / n, rho);
+    return multiplier > max_multiplier ? max_multiplier : multiplier;
+  }
+
+  template <int kDim, bool kSame>
+  void Elements(const float* __restrict g, float* const* rows, int64_t dim) const {
+    float* __restrict w = rows[0];
+    float* __restrict a = rows[1];
+    float* __restrict n = rows[2];
+    const float of_all = kSame ? Multiplier(n[0] + 1.0f) : 0.0f;
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
+      n[i] += 1.0f;
+      const float sum = a[i] + g[i] * g[i];
+      a[i] = sum;
+      const float scaled = (kSame ? of_all : Multiplier(n[i])) * g[i] / std::sqrt(sum);
+      const float sign = w[i] > 0.0f ? 1.0f : w[i] < 0.0f ? -1.0f : 0.0f;
+      w[i] -= learning_rate * ((sum == 0.0f ? 0.0f : scaled) + l1 * sign + l2 * w[i]);
     }
   }
 };

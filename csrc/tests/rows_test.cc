@@ -124,17 +124,63 @@ void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, in
   }
 }
 
-// Every rule is run; its result is compared for the two whose formulas stand here.
+// Hyperparameters to run a rule with: each set takes another branch of it.
+std::vector<std::vector<float>> HyperparametersOf(const std::string& rule) {
+  if (rule == "adagrad_momentum") return {{0.5f, 0.9f, 1.0f, 1e-3f, 2.0f, 0.0f}, {0.5f, 0.9f, 0.7f, 1e-3f, 3.0f, 1.0f}};
+  if (rule == "adam") return {{0.5f, 0.9f, 0.7f, 1e-3f}};
+  if (rule == "ftrl") return {{0.5f, -0.5f, 0.3f, 0.1f, 0.2f, 0.0f}, {0.5f, -0.7f, 0.3f, 0.1f, 0.2f, 1.0f}};
+  if (rule == "laprop") return {{0.5f, 0.9f, 0.7f, 1e-3f}};
+  if (rule == "f2a") return {{0.5f, 0.7f, 0.1f, 0.2f, 2.0f, 9.0f}};
+  return {{0.5f}};
+}
+
+// The formulas: new [table, slots...] of an element from its gradient and the old ones; empty for an unknown rule.
+std::vector<double> Formula(const std::string& rule, const std::vector<float>& h, double g, const std::vector<double>& s) {
+  if (rule == "sgd") return {s[0] - h[0] * g};
+  if (rule == "adagrad") return {s[0] - h[0] * g / std::sqrt(s[1] + g * g), s[1] + g * g};
+  if (rule == "adagrad_momentum") {
+    const double a = h[2] == 1 ? s[1] + g * g : h[2] * s[1] + (1 - h[2]) * g * g;
+    const double step = g * std::pow(a + h[3], -1.0 / h[4]), m = h[1] * s[2] + step;
+    return {s[0] - h[0] * (h[5] != 0 ? h[1] * m + step : m), a, m};
+  }
+  if (rule == "adam") {
+    const double m = h[1] * s[1] + (1 - h[1]) * g, v = h[2] * s[2] + (1 - h[2]) * g * g;
+    return {s[0] - h[0] * m / (std::sqrt(v) + h[3]), m, v};
+  }
+  if (rule == "ftrl") {
+    const double a = s[1] + g * g, p = std::pow(a, -h[1]), q = std::pow(s[1], -h[1]), rate = h[0];
+    const bool multiply = h[5] != 0;
+    const double l = multiply ? s[2] + rate * g - (p - q) * s[0] : s[2] + g - (p - q) / rate * s[0];
+    const double l1 = multiply ? rate * h[2] : h[2];
+    const double denominator = multiply ? p + 2 * rate * h[3] + h[4] : (p + h[4]) / rate + 2 * h[3];
+    return {(std::fmin(std::fmax(l, -l1), l1) - l) / denominator, a, l};
+  }
+  if (rule == "laprop") {
+    const double nu = h[2] * s[2] + (1 - h[2]) * (g * g + h[3]);
+    const double mu = h[1] * s[1] + std::sqrt(1.0 - h[1] * h[1]) * g / std::sqrt(nu);
+    return {s[0] - h[0] * mu, mu, nu};
+  }
+  if (rule == "f2a") {
+    const double n = s[2] + 1, a = s[1] + g * g, f = std::fmin(std::pow(h[5] / n, h[1]), h[4]);
+    const double sign = (s[0] > 0) - (s[0] < 0);
+    return {s[0] - h[0] * (f * g / std::sqrt(a) + h[2] * sign + h[3] * s[0]), a, n};
+  }
+  return {};
+}
+
 void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19937& random, int64_t dim,
-                int64_t minibatches, bool damaged) {
+                int64_t minibatches, bool damaged, std::vector<float> hyperparameters) {
   Batch batch = Sound(random, 3, 3, 40, 7);
   if (damaged) batch = Damaged(random, batch);
   const int64_t size = batch.partitions * batch.rows * dim;
   const std::vector<float> gradient = Draw(random, batch.sources * batch.samples * dim);
-  const std::vector<float> hyperparameters(embax::kMaxHyperparameters, 0.5f);
+  hyperparameters.resize(embax::kMaxHyperparameters);
   std::vector<std::vector<float>> state(1 + rule.num_slots, Draw(random, size));
   for (auto& slot : state) {
     if (&slot != &state[0]) slot.assign(size, 0.25f);
+  }
+  if (rule.num_slots == 2) {  // Elements of some rows of equal slots, elements of others of different ones.
+    for (int64_t i = 0; i < size; ++i) state[2][i] = i / dim % 2 ? 0.25f : static_cast<float>(i % 3);
   }
   std::vector<std::vector<float>> wanted = state;
   std::vector<Entries> entries;
@@ -168,15 +214,15 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
   });
   const std::string name = rule.name;
   for (int64_t i = 0; i < size; ++i) {
-    const float g = sums[i];
     bool ok = true;
     if (!touched[i / dim]) {
       for (int k = 0; k <= rule.num_slots; ++k) ok = ok && state[k][i] == wanted[k][i];
-    } else if (name == "sgd") {
-      ok = Near(state[0][i], wanted[0][i] - 0.5f * g);
-    } else if (name == "adagrad") {
-      const float a = wanted[1][i] + g * g;
-      ok = Near(state[1][i], a) && Near(state[0][i], wanted[0][i] - 0.5f * g / std::sqrt(a));
+    } else {
+      std::vector<double> before;
+      for (const auto& slot : wanted) before.push_back(slot[i]);
+      const std::vector<double> after = Formula(name, hyperparameters, sums[i], before);
+      ok = after.size() == before.size();
+      for (size_t k = 0; ok && k < after.size(); ++k) ok = Near(state[k][i], static_cast<float>(after[k]));
     }
     if (!ok) return Expect(false, std::string(kernels.isa) + ": " + name + ", dim " + std::to_string(dim));
   }
@@ -193,7 +239,9 @@ int main() {
       for (const bool damaged : {false, true}) {
         TestLookup(kernels, random, dim, minibatches, damaged);
         for (int rule = 0; rule < kernels.num_rules; ++rule) {
-          TestUpdate(kernels, kernels.rules[rule], random, dim, minibatches, damaged);
+          for (const auto& hyperparameters : HyperparametersOf(kernels.rules[rule].name)) {
+            TestUpdate(kernels, kernels.rules[rule], random, dim, minibatches, damaged, hyperparameters);
+          }
         }
       }
     }

@@ -2,17 +2,22 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from embax._checks import is_finite_number
 from embax._types import Array, Float
 
 LearningRate: TypeAlias = float | Callable[..., Any]
 Initializer: TypeAlias = Callable[..., jax.Array]
+
+PASS_STEP = "Pass step= to the layer's call, or to apply_gradients."
 
 
 def _positional_arguments(function: Callable[..., Any]) -> int:
@@ -23,6 +28,20 @@ def _positional_arguments(function: Callable[..., Any]) -> int:
     if any(p.kind is inspect.Parameter.KEYWORD_ONLY for p in needed):
         raise ValueError("an argument can be given by keyword only")
     return len(needed)
+
+
+def one_minus_power(base: float, exponent: jax.Array) -> jax.Array:
+    """`1 - base**exponent` without the cancellation that this expression has in float32 where `base` is close to 1.
+
+    Args:
+        base: a decay rate in [0, 1). It is rounded to float32 first, as the row rule sees it, so that both agree.
+        exponent: float32 scalar, at least 0.
+
+    Returns:
+        A float32 scalar.
+    """
+    logarithm = math.log(max(float(np.float32(base)), 1e-38))  # Of 0 it would be infinite, and 0**0 a NaN.
+    return -jnp.expm1(exponent * np.float32(logarithm))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +99,7 @@ class OptimizerSpec:
             elif step is None:
                 raise ValueError(
                     f"{type(self).__name__}: the learning rate {rate!r} is a function of the step, and no step was given. "
-                    "Pass step= to the layer's call, or to apply_gradients."
+                    f"{PASS_STEP}"
                 )
             else:
                 rate = rate(step)
@@ -93,8 +112,46 @@ class OptimizerSpec:
         return rate
 
     def get_hyperparameters(self, step: int | jax.Array | None = None) -> tuple[jax.Array, ...]:
-        """The float32 scalars that the row rule takes at `step`, the learning rate first."""
+        """The float32 scalars that the row rule takes at `step`, the learning rate first.
+
+        Args:
+            step: int or int32 scalar, traced or not, that counts from 0; needed by schedules and by some optimizers.
+
+        Returns:
+            The scalars, in the order of the formula in C++.
+
+        Raises:
+            ValueError: the step is needed and None, or is negative.
+        """
         return (self.get_learning_rate(step),)
+
+    def _step_number(self, step: int | jax.Array | None) -> jax.Array:
+        """`step` as a float32 scalar, for the rules that cannot do without."""
+        if step is None:
+            raise ValueError(
+                f"{type(self).__name__}: the formula needs the number of the step, and no step was given. {PASS_STEP}"
+            )
+        if not isinstance(step, Tracer) and (np.ndim(step) != 0 or np.asarray(step) < 0):
+            raise ValueError(f"{type(self).__name__}: the step is {step!r}; it must be a scalar that counts from 0.")
+        return jnp.asarray(step, jnp.float32)
+
+    def _check_number(self, field: str, valid: Callable[[Any], bool], limits: str) -> None:
+        """A ValueError that states the `limits`, unless the field is a finite number that is `valid`."""
+        value = getattr(self, field)
+        if not (is_finite_number(value) and valid(value)):
+            raise ValueError(f"{type(self).__name__}: {field} is {value!r}; it must be a number {limits}.")
+
+    def _check_decay(self, field: str) -> None:
+        """A ValueError unless the field is in [0, 1). What float32 rounds to 1 would never decay."""
+        self._check_number(
+            field, lambda decay: decay >= 0 and float(np.float32(decay)) < 1, "from 0 to less than 1 (in float32)"
+        )
+
+    def _check_bool(self, field: str) -> None:
+        """A ValueError unless the field is a bool."""
+        value = getattr(self, field)
+        if not isinstance(value, bool):
+            raise ValueError(f"{type(self).__name__}: {field} is {value!r}; it must be True or False.")
 
     def slot_variables_initializers(self) -> Sequence[Initializer]:
         """One initializer a slot, in the order and type of `Slots`."""

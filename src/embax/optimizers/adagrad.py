@@ -6,7 +6,6 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from embax._checks import is_finite_number
 from embax._types import Array, Float
 from embax.optimizers._base import OptimizerSpec
 
@@ -21,7 +20,7 @@ class AdagradSlotVariables(NamedTuple):
 class AdagradOptimizerSpec(OptimizerSpec):
     """Adagrad: `a += g**2; w -= lr * g / sqrt(a)`, elementwise.
 
-    There is no epsilon, as in the SparseCore original; where `a` and `g` are both 0 the element takes no step.
+    There is no epsilon, as in the SparseCore original; where `a` is 0, also after `g**2` was added, the element takes no step.
 
     Args:
         learning_rate: `lr`, a number or a schedule (see `OptimizerSpec`).
@@ -39,11 +38,9 @@ class AdagradOptimizerSpec(OptimizerSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (is_finite_number(self.initial_accumulator_value) and self.initial_accumulator_value >= 0):
-            raise ValueError(
-                f"AdagradOptimizerSpec: initial_accumulator_value is {self.initial_accumulator_value!r}; it must be a "
-                "number of at least 0, since its square root is taken."
-            )
+        self._check_number(
+            "initial_accumulator_value", lambda a: a >= 0, "of at least 0, since its square root is taken"
+        )
 
     def slot_variables_initializers(self) -> AdagradSlotVariables:  # noqa: D102
         return AdagradSlotVariables(accumulator=jax.nn.initializers.constant(self.initial_accumulator_value))
@@ -57,5 +54,5 @@ class AdagradOptimizerSpec(OptimizerSpec):
     ) -> tuple[Float[Array, "rows dim"], tuple[Float[Array, "rows dim"], ...]]:
         (learning_rate,) = hyperparameters
         accumulator = slots[0] + gradient * gradient
-        step = jnp.where(gradient == 0, 0.0, learning_rate * gradient / jnp.sqrt(accumulator))
+        step = jnp.where(accumulator == 0, 0.0, learning_rate * gradient / jnp.sqrt(accumulator))
         return table - step, (accumulator,)
