@@ -47,7 +47,7 @@ def lookup_and_update(
         variables: table and slots of each stack; their cotangent is the new table and slots.
         lookups: float32 scalar; its cotangent is 1, so that a sum of several cotangents, or none, can be told.
         packed: the packed batch.
-        step: for learning rate schedules.
+        step: for schedules and for optimizers that need it.
     """
     del lookups, step
     return lookup_features(packed, variables, plan)[0]

@@ -169,7 +169,7 @@ def apply_gradients(
         packed: the batch that was looked up.
         variables: `EmbeddingVariables` of each stack by name.
         specs: pytree of placed `FeatureSpec`.
-        step: the number of the step, for learning rate schedules.
+        step: the number of the step, for schedules and for optimizers that need it (Adam, F2A).
         activations: what `lookup` returned in the same jitted step. With them XLA sees that the lookup comes first; without
             them it may copy the tables, if the gradients do not depend on the activations (a loss linear in them).
 

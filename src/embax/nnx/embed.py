@@ -118,7 +118,7 @@ class SparseCoreEmbed(nnx.Module):
 
         Args:
             packed: what `preprocess` returned.
-            step: the number of the step, for learning rate schedules.
+            step: the number of the step, for schedules and for optimizers that need it (Adam, F2A).
 
         Returns:
             float32[batch, output_dim] of each feature, in the structure of the specs.
