@@ -30,6 +30,9 @@ namespace {
 constexpr int kUntouchedByte = 0xf9;
 constexpr int32_t kUntouched = -0x06060607;
 
+// Bit for bit, but for those of NaN.
+bool SameNumber(float a, float b) { return std::memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b)); }
+
 int64_t RoundUp(int64_t value) { return (value + 7) / 8 * 8; }
 
 // The arrays of a packed batch.
@@ -200,12 +203,12 @@ Counts WriteModel(const Stage& stage, const Packed& packed, Packed& expected) {
   return counts;
 }
 
-// Calls visit(minibatch, partition, place of the entry) for the entries of one stack, whatever they are, and checks all that
-// must hold of any.
+// Calls visit(part, minibatch, partition, place of the entry) for the entries of one stack, whatever they are, and checks
+// all that must hold of any.
 template <typename Visit>
 void ForEntries(const Stage& stage, const Packed& packed, int64_t s, Visit&& visit) {
   const PackPlacement& placement = packed.placements[s];
-  const int64_t share = placement.capacity / stage.sparsecores;
+  const int64_t share = stage.shared() ? placement.capacity : placement.capacity / stage.sparsecores;
   for (int64_t device = 0; device < stage.devices; ++device) {
     const int64_t first = device * packed.arrays.entries_per_device + placement.entries_start;
     const int32_t* pointers =
@@ -224,8 +227,9 @@ void ForEntries(const Stage& stage, const Packed& packed, int64_t s, Visit&& vis
       for (int64_t minibatch = 0; minibatch < stage.minibatches; ++minibatch, pointers += stage.pointers) {
         for (int64_t partition = 0; partition < stage.n; ++partition) {
           const int64_t stop = pointers[partition];
-          EXPECT(end <= stop && RoundUp(stop) <= (stage.shared() ? placement.capacity : share));
-          for (; end < stop; ++end) visit(minibatch, partition, base + end);
+          EXPECT(end <= stop && RoundUp(stop) <= share);
+          const int64_t part = device * stage.sparsecores + sparsecore;
+          for (; end < stop; ++end) visit(part, minibatch, partition, base + end);
           for (; end < RoundUp(stop); ++end) {
             EXPECT(packed.arrays.ids[base + end] == kPaddingId && packed.arrays.samples[base + end] == kPaddingId);
             EXPECT(std::isnan(packed.arrays.gains[base + end]));
@@ -234,12 +238,12 @@ void ForEntries(const Stage& stage, const Packed& packed, int64_t s, Visit&& vis
         for (int64_t p = stage.n; p < stage.pointers; ++p) EXPECT(pointers[p] == end);
       }
     }
-    expect_untouched(base + end, stage.shared() ? first + placement.capacity : base + share);
+    expect_untouched(base + end, base + share);
     for (; pointers < pointers_end; ++pointers) EXPECT(*pointers == kUntouched);
   }
 }
 
-// A stack that holds ids which nobody looked for: any rows, in buffers that are sound.
+// A stack with ids that nobody looked for: each has any entry or none, and all others have theirs.
 void CheckStray(const Stage& stage, const Packed& packed, int64_t s) {
   int64_t samples = 0, ids = 0, entries = 0;
   for (const int32_t number : stage.request.stacks[s].features) {
@@ -247,11 +251,26 @@ void CheckStray(const Stage& stage, const Packed& packed, int64_t s) {
     samples += (feature.batch / stage.devices + stage.sparsecores - 1) / stage.sparsecores;
     ids += feature.num_ids;
   }
-  ForEntries(stage, packed, s, [&](int64_t, int64_t, int64_t place) {
-    EXPECT(packed.arrays.samples[place] >= 0 && packed.arrays.samples[place] < samples);
+  using Where = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+  Where last = {};
+  std::vector<std::map<Part::key_type, float>> found(stage.model.stacks[s].size());
+  ForEntries(stage, packed, s, [&](int64_t part, int64_t minibatch, int64_t partition, int64_t place) {
+    const int64_t row = packed.arrays.ids[place], sample = packed.arrays.samples[place];
+    EXPECT(row >= 0 && sample >= 0 && sample < samples);
+    const Where where = {part, minibatch, partition, row, sample};
+    EXPECT(entries == 0 || last < where);
+    last = where;
+    EXPECT(found[part].emplace(std::make_tuple(partition, row, sample), packed.arrays.gains[place]).second);
     ++entries;
   });
   EXPECT(entries <= ids);
+  for (size_t part = 0; stage.limits == nullptr && part < found.size(); ++part) {
+    for (const auto& [place, entry] : stage.model.stacks[s][part]) {
+      const auto same = found[part].find(place);
+      EXPECT(same != found[part].end());
+      EXPECT(entry.beside_stray || SameNumber(same->second, entry.gain));
+    }
+  }
 }
 
 // Calls visit(array, begin, end) for what one stack has of the arrays.
@@ -273,7 +292,6 @@ Packed LikeIt(const Stage& stage, const Packed& packed) {
                 packed.arrays.entries_per_device);
 }
 
-// Of equal values, but for the sign of NaN.
 void CheckEqual(const Packed& packed, const Packed& expected) {
   // In one go, which sanitizers do not slow down.
   const auto same = [&](const auto& array, const auto& other) {
@@ -283,10 +301,7 @@ void CheckEqual(const Packed& packed, const Packed& expected) {
   EXPECT(same(packed.ids, expected.ids));
   EXPECT(same(packed.samples, expected.samples));
   if (same(packed.gains, expected.gains)) return;
-  for (int64_t i = 0; i < packed.gains.size; ++i) {
-    const float gain = packed.arrays.gains[i], other = expected.arrays.gains[i];
-    EXPECT(std::memcmp(&gain, &other, sizeof(gain)) == 0 || (std::isnan(gain) && std::isnan(other)));
-  }
+  for (int64_t i = 0; i < packed.gains.size; ++i) EXPECT(SameNumber(packed.arrays.gains[i], expected.arrays.gains[i]));
 }
 
 // Compares the arrays and the counts with the model; `dropped` is null unless entries were dropped.
@@ -299,7 +314,8 @@ void CheckPacked(const Stage& stage, const SortedBatch& batch, const Packed& pac
     if (stage.model.stray[s]) {
       CheckStray(stage, packed, s);
       ForRanges(stage, packed, s, [&](auto array, int64_t begin, int64_t end) {
-        std::copy((packed.*array).data.get() + begin, (packed.*array).data.get() + end, (expected.*array).data.get() + begin);
+        const auto* own = (packed.*array).data.get();
+        std::copy(own + begin, own + end, (expected.*array).data.get() + begin);
       });
       continue;
     }
@@ -409,7 +425,7 @@ void DivideAndCheck(Stage& stage, SortedBatch& batch) {
   const Packed packed = Write(stage, batch);
   for (int64_t s = 0; s < stage.num_stacks; ++s) {
     if (stage.model.stray[s]) continue;
-    ForEntries(stage, packed, s, [&](int64_t minibatch, int64_t partition, int64_t place) {
+    ForEntries(stage, packed, s, [&](int64_t, int64_t minibatch, int64_t partition, int64_t place) {
       const int64_t column = packed.arrays.ids[place] * stage.n + partition;
       EXPECT(stage.minibatch_of.try_emplace(column, minibatch).first->second == minibatch);
     });

@@ -22,7 +22,7 @@ struct Row {
   std::vector<int64_t> ids;
   std::vector<float> gains;
   int64_t invalid = 0;  // Ids that Validation::kDrop leaves out, or gives no gain.
-  bool stray = false;   // Validation::kTrust lets ids outside the vocabulary through.
+  bool stray = false;   // It has ids outside the vocabulary which Validation::kTrust lets through.
   PackFault fault = PackFault::kNone;
   int64_t position = 0;  // Of the fault.
 };
@@ -118,6 +118,7 @@ struct ModelEntry {
   float gain = 0;
   int64_t ids = 0;  // Of which it was made.
   int32_t feature = 0;
+  bool beside_stray = false;  // An id of the same sample is stray: the gain is not this one.
 };
 
 // The entries of one SparseCore by (partition, row, sample).
@@ -125,7 +126,7 @@ using Part = std::map<std::tuple<int64_t, int64_t, int64_t>, ModelEntry>;
 
 struct Model {
   std::vector<std::vector<Part>> stacks;  // [stack][device * SparseCores of a device + SparseCore]
-  std::vector<bool> stray;                // Stacks with ids of which only their number is known.
+  std::vector<bool> stray;                // Stacks with ids outside the vocabulary, which the model leaves out.
   std::vector<int64_t> invalid;           // By feature.
 };
 
@@ -151,7 +152,7 @@ inline Model MakeModel(const PackRequest& request) {
             const int64_t id = row.ids[j], shifted = ((id + feature.col_shift % n) % n + n) % n;
             const int64_t column = shifted + (id - id % n) + feature.col_offset;
             const auto place = std::make_tuple(column % n, column / n, first_sample + i - sparsecore * share);
-            const auto [entry, is_new] = parts[part].try_emplace(place, ModelEntry{row.gains[j], 1, number});
+            const auto [entry, is_new] = parts[part].try_emplace(place, ModelEntry{row.gains[j], 1, number, row.stray});
             if (is_new) continue;
             entry->second.gain += row.gains[j];
             ++entry->second.ids;

@@ -190,7 +190,9 @@ inline void ChoosePlan(Choices& choices, Problem& problem) {
   }
   plan.layout = choices.OneIn(2) ? PackLayout::kMinibatches : PackLayout::kShares;
   plan.divide = plan.layout == PackLayout::kMinibatches && !choices.OneIn(4);
-  for (int64_t left = choices.OneIn(8) ? 3 : 0; left > 0; --left) plan.other_boundaries |= uint64_t{1} << choices.Byte() % 64;
+  for (int64_t left = choices.OneIn(8) ? 3 : 0; left > 0; --left) {
+    plan.other_boundaries |= uint64_t{1} << choices.Byte() % 64;
+  }
   plan.drop = choices.OneIn(2);
   const int64_t sparsecores = std::clamp<int64_t>(request.sparsecores_per_device, 1, 64);
   for (size_t s = 0; s < request.stacks.size(); ++s) {
