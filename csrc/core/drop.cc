@@ -26,19 +26,15 @@ int64_t EntriesOfFirstIds(const uint64_t* entries, int64_t count, int64_t limit)
 std::vector<int64_t> SortedBatch::Drop(const std::vector<PackLimits>& limits, PackLayout layout) {
   std::vector<int64_t> dropped(invalid_.size(), 0);
   kept_.Reserve(static_cast<int64_t>(tasks_.size()) * partitions());
-  int64_t end = 0, room_end = 0;
+  int64_t end = 0;
   for (size_t number = 0; number < tasks_.size(); ++number) {
     const Task& task = tasks_[number];
     const PackLimits& limit = limits[task.stack];
     const StackShape& stack = stacks_[task.stack];
-    const int64_t share = limit.capacity / sparsecores_per_device_;
-    if (layout == PackLayout::kShares) {
-      end = task.sparsecore * share;
-      room_end = end + share;
-    } else if (task.sparsecore == 0) {
-      end = 0;
-      room_end = limit.capacity;
-    }
+    const bool shares = layout == PackLayout::kShares;
+    // Partitions begin at multiples of kPartitionAlignment, also the one behind the last entry that has room.
+    const int64_t room = RoundDown(shares ? limit.capacity / sparsecores_per_device_ : limit.capacity);
+    if (shares || task.sparsecore == 0) end = 0;
     const int64_t start = end;
     const uint64_t* entries = entries_.data() + task.start;
     const int32_t* multiplicities = task.unit_gains || !count_merged_ ? nullptr : multiplicities_.data() + task.start;
@@ -48,7 +44,7 @@ std::vector<int64_t> SortedBatch::Drop(const std::vector<PackLimits>& limits, Pa
     int64_t first = 0;
     for (int64_t partition = 0; partition < partitions(); ++partition) {
       const int64_t count = counts[partition];
-      int64_t keep = std::min({count, limit.max_ids, room_end - end});
+      int64_t keep = std::min({count, limit.max_ids, room - end});
       if (unique_counts[partition] > limit.max_unique_ids) {
         keep = EntriesOfFirstIds(entries + first, keep, limit.max_unique_ids);
       }

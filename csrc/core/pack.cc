@@ -206,9 +206,7 @@ bool SortedBatch::SortTask(const PackRequest& request, Task& task, int64_t numbe
     }
   }
 
-  int key_bits = 0;
-  while ((int64_t{1} << key_bits) < stack.num_rows) ++key_bits;
-  Digits digits = ChooseDigits(task.bound, key_bits);
+  Digits digits = ChooseDigits(task.bound, KeyBits(stack.num_rows));
   if (digits.passes > 0) {
     const int64_t size = digits.passes * static_cast<int64_t>(digits.size());
     digits.histograms = scratch.histograms.Reserve(size);

@@ -30,7 +30,7 @@ namespace {
 
 using Input = std::vector<uint8_t>;
 
-constexpr size_t kMaxSize = 512;   // Requests take a few bytes a choice; what lies beyond is hardly read.
+constexpr size_t kMaxSize = 1024;  // Requests take a few bytes a choice; what lies beyond is hardly read.
 constexpr size_t kMaxKept = 4096;
 constexpr size_t kEdges = 1 << 16;
 constexpr const char* kFailure = "fuzz-failure.bin";

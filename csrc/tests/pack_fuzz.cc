@@ -5,25 +5,19 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <initializer_list>
+#include <cstring>
 #include <map>
-#include <memory>
-#include <random>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "core/format.h"
 #include "core/pack.h"
+#include "pack_model.h"
+#include "pack_problem.h"
 
+namespace embax::fuzz {
 namespace {
-
-using embax::Combiner;
-using embax::PackError;
-using embax::PackFault;
-using embax::PackFeature;
-using embax::PackRequest;
-using embax::PackStack;
-using embax::SortedBatch;
 
 #define EXPECT(condition)                                                  \
   do {                                                                     \
@@ -33,382 +27,470 @@ using embax::SortedBatch;
     }                                                                      \
   } while (0)
 
-// Reads choices from bytes; all are 0 once the bytes are used up.
-class Choices {
- public:
-  Choices(const uint8_t* data, size_t size) : data_(data), end_(data + size) {}
+constexpr int kUntouchedByte = 0xf9;
+constexpr int32_t kUntouched = -0x06060607;
 
-  int64_t Byte() { return data_ < end_ ? *data_++ : 0; }
-  int64_t Below(int64_t bound) { return (Byte() << 8 | Byte()) % bound; }
-  bool OneIn(int64_t number) { return Byte() % number == number - 1; }
+// Bit for bit, but for those of NaN.
+bool SameNumber(float a, float b) { return std::memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b)); }
 
-  // The usual value; one time in 64 an odd one, after which the request need not be valid.
-  int64_t Usually(int64_t usual, std::initializer_list<int64_t> odd) {
-    if (!OneIn(64)) return usual;
-    may_be_invalid_ = true;
-    return odd.begin()[Byte() % odd.size()];
-  }
-  bool may_be_invalid() const { return may_be_invalid_; }
+int64_t RoundUp(int64_t value) { return (value + 7) / 8 * 8; }
 
- private:
-  const uint8_t* data_;
-  const uint8_t* end_;
-  bool may_be_invalid_ = false;
-};
-
-// An array on the heap of exactly its size, never null, which does not move.
-template <typename T>
-struct Array {
-  explicit Array(int64_t size) : size(size), data(new T[size]) {}
-  int64_t size;
-  std::unique_ptr<T[]> data;
-  T& operator[](int64_t i) { return data[i]; }
-};
-
-struct Problem {
-  PackRequest request;
-  bool may_be_invalid = false;  // In other ways than by its ids, weights and row splits.
-  int64_t sort_threads = 1, write_threads = 1;
-  int64_t spare = 0;     // Capacity beyond what is needed, in multiples of 8 a SparseCore.
-  bool too_small = false;  // Capacity below what is needed.
-  std::vector<std::unique_ptr<Array<int32_t>>> ids32;
-  std::vector<std::unique_ptr<Array<int64_t>>> ids64;  // Row splits too.
-  std::vector<std::unique_ptr<Array<float>>> weights;
-};
-
-template <typename T>
-T* Keep(std::vector<std::unique_ptr<Array<T>>>& arrays, int64_t size) {
-  arrays.push_back(std::make_unique<Array<T>>(size));
-  return arrays.back()->data.get();
-}
-
-template <typename Id>
-void FillIds(Choices& choices, std::mt19937& random, Id* ids, const PackFeature& feature, bool padded) {
-  const int64_t hot = choices.OneIn(2) ? std::max<int64_t>(feature.vocabulary, 1) : 1 + choices.Below(6);
-  for (int64_t i = 0; i < feature.num_ids; ++i) {
-    const int64_t id = std::min<int64_t>(random() % hot, std::max<int64_t>(feature.vocabulary, 1) - 1);
-    ids[i] = static_cast<Id>(padded && random() % 2 == 0 ? -1 : id);
-  }
-  if (feature.num_ids > 0 && choices.OneIn(8)) {
-    const int64_t bad[] = {-1, -2, feature.vocabulary, INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN, int64_t{1} << 32};
-    ids[choices.Below(feature.num_ids)] = static_cast<Id>(bad[choices.Byte() % 8]);
-  }
-}
-
-void FillWeights(Choices& choices, std::mt19937& random, float* weights, int64_t count) {
-  const bool fractions = choices.OneIn(2);
-  for (int64_t i = 0; i < count; ++i) {
-    const float number = static_cast<float>(static_cast<int32_t>(random() % 2000) - 500);
-    weights[i] = fractions ? number / 256.0f : number * 1.1f;
-  }
-  if (count > 0 && choices.OneIn(8)) {
-    const float bad[] = {NAN, INFINITY, -INFINITY, 0.0f, -0.0f, 1e-45f, 1e38f, -1e38f};
-    for (int64_t left = 1 + choices.Byte() % 4; left > 0; --left) weights[choices.Below(count)] = bad[choices.Byte() % 8];
-  }
-}
-
-void MakeFeature(Choices& choices, Problem& problem, int64_t* offset) {
-  const int64_t n = std::clamp<int64_t>(problem.request.num_sparsecores, 1, 15);
-  const int64_t local_devices = std::clamp<int64_t>(problem.request.num_local_devices, 1, 8);
-  std::mt19937 random(static_cast<uint32_t>(choices.Below(65536)));
-  PackFeature feature;
-  const int64_t vocabularies[] = {1, 30, 5000, 3000000};
-  const int64_t vocabulary = vocabularies[choices.Byte() % 4];
-  feature.vocabulary = choices.Usually(vocabulary, {0, -5, INT32_MAX, INT32_MAX + int64_t{1}, INT64_MAX, INT64_MIN});
-  const int64_t shift_of_offset = choices.OneIn(4) ? choices.Below(n) : 0;
-  feature.col_offset = choices.Usually(*offset + shift_of_offset, {-1, INT32_MAX, INT64_MAX, INT64_MIN});
-  feature.col_shift = choices.Usually(choices.Below(2 * n) - n, {INT64_MAX, INT64_MIN});
-  *offset += ((vocabulary + n - 1) / n + 2) * n;
-  // Rarely as many as several threads, and sorts of several passes, take.
-  const bool many = choices.OneIn(64);
-  const int64_t samples = choices.Below(many ? 3000 : 12);
-  const int64_t batch = samples * local_devices;
-  const int64_t longest = choices.Byte() % (choices.OneIn(4) && !many ? 40 : 3);
-  if (choices.OneIn(2)) {
-    feature.batch = batch;
-    int64_t* splits = Keep(problem.ids64, batch + 1);
-    splits[0] = 0;
-    for (int64_t i = 0; i < batch; ++i) splits[i + 1] = splits[i] + random() % (longest + 1);
-    feature.num_ids = splits[batch];
-    if (choices.OneIn(8)) {
-      const int64_t bad[] = {-1, 0, 1, INT64_MIN, INT64_MAX, feature.num_ids, feature.num_ids + 1, feature.num_ids + 1000};
-      splits[choices.Below(batch + 1)] = bad[choices.Byte() % 8];
-    }
-    feature.row_splits = splits;
-  } else {
-    feature.num_ids = batch * longest;
-    feature.batch = choices.Usually(batch, {-1, batch + 1, 2 * batch, INT64_MAX, INT64_MIN});
-    feature.valency = choices.Usually(longest, {-1, longest + 1, INT64_MAX, INT64_MIN});
-  }
-  feature.wide_ids = choices.OneIn(2);
-  const bool padded = feature.row_splits == nullptr && choices.OneIn(2);
-  if (feature.wide_ids) {
-    int64_t* ids = Keep(problem.ids64, feature.num_ids);
-    FillIds(choices, random, ids, feature, padded);
-    feature.ids = ids;
-  } else {
-    int32_t* ids = Keep(problem.ids32, feature.num_ids);
-    FillIds(choices, random, ids, feature, padded);
-    feature.ids = ids;
-  }
-  if (choices.OneIn(2)) {
-    float* weights = Keep(problem.weights, feature.num_ids);
-    FillWeights(choices, random, weights, feature.num_ids);
-    feature.weights = weights;
-  }
-  problem.request.features.push_back(feature);
-}
-
-Problem MakeProblem(Choices& choices) {
-  Problem problem;
-  PackRequest& request = problem.request;
-  const int64_t sparsecores = 1 + choices.Byte() % 5, devices = 1 + choices.Byte() % 3;
-  request.sparsecores_per_device = choices.Usually(sparsecores, {0, -1, 64, INT64_MAX, INT64_MIN});
-  request.num_sparsecores = choices.Usually(devices * sparsecores, {0, -1, 1, 7, INT32_MAX + int64_t{1}, INT64_MAX});
-  request.num_local_devices = choices.Usually(1 + choices.Byte() % devices, {0, -1, 5, INT64_MAX, INT64_MIN});
-  const int64_t n = std::clamp<int64_t>(request.num_sparsecores, 1, 15);
-  const int64_t num_stacks = choices.Byte() % 4;
-  for (int64_t s = 0; s < num_stacks; ++s) {
-    PackStack stack;
-    stack.combiner = static_cast<Combiner>(choices.Byte() % 3);
-    int64_t offset = 0;
-    const int64_t num_features = choices.Byte() % 4;
-    for (int64_t f = 0; f < num_features; ++f) {
-      const int64_t number = static_cast<int64_t>(request.features.size());
-      stack.features.push_back(static_cast<int32_t>(choices.Usually(number, {-1, 100, INT32_MAX})));
-      MakeFeature(choices, problem, &offset);
-    }
-    stack.num_rows = choices.Usually(offset + n, {0, -n, n, offset + n + 1, INT32_MAX, INT64_MAX, INT64_MIN});
-    request.stacks.push_back(stack);
-  }
-  problem.sort_threads = 1 + choices.Byte() % 3;
-  problem.write_threads = 1 + choices.Byte() % 3;
-  problem.spare = choices.OneIn(4) ? choices.Byte() % 3 : 0;
-  problem.too_small = choices.OneIn(16);
-  problem.may_be_invalid = choices.may_be_invalid();
-  return problem;
-}
-
-// The plain model.
-
-// Gains by (partition, row, sample).
-using Entries = std::map<std::tuple<int64_t, int64_t, int64_t>, float>;
-
-int64_t IdAt(const PackFeature& feature, int64_t i) {
-  return feature.wide_ids ? static_cast<const int64_t*>(feature.ids)[i] : static_cast<const int32_t*>(feature.ids)[i];
-}
-
-// The first fault of a feature of a request that is valid otherwise.
-PackFault FeatureFault(const PackFeature& feature, Combiner combiner) {
-  const int64_t* splits = feature.row_splits;
-  if (splits != nullptr) {
-    if (splits[0] != 0) return PackFault::kFirstSplit;
-    for (int64_t i = 0; i < feature.batch; ++i) {
-      if (splits[i + 1] < splits[i]) return PackFault::kSplit;
-    }
-    if (splits[feature.batch] != feature.num_ids) return PackFault::kLastSplit;
-  }
-  for (int64_t sample = 0; sample < feature.batch; ++sample) {
-    const int64_t begin = splits != nullptr ? splits[sample] : sample * feature.valency;
-    const int64_t end = splits != nullptr ? splits[sample + 1] : begin + feature.valency;
-    float sum = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t id = IdAt(feature, i);
-      if (id == -1 && splits == nullptr) continue;
-      if (id < 0 || id >= feature.vocabulary) return PackFault::kId;
-      const float weight = feature.weights != nullptr ? feature.weights[i] : 1.0f;
-      if (!std::isfinite(weight)) return PackFault::kWeight;
-      sum = combiner == Combiner::kSqrtn ? static_cast<float>(double{weight} * weight + sum) : sum + weight;
-    }
-    if (combiner == Combiner::kSum) continue;
-    const float divisor = combiner == Combiner::kSqrtn ? std::sqrt(sum) : sum;
-    for (int64_t i = begin; i < end; ++i) {
-      if (IdAt(feature, i) == -1 || divisor == 0) continue;
-      const float weight = feature.weights != nullptr ? feature.weights[i] : 1.0f;
-      if (!std::isfinite(weight / divisor)) return PackFault::kGain;
-    }
-  }
-  return PackFault::kNone;
-}
-
-PackError FirstFault(const PackRequest& request) {
-  std::vector<Combiner> combiners(request.features.size(), Combiner::kSum);
-  for (const PackStack& stack : request.stacks) {
-    for (const int32_t number : stack.features) combiners[number] = stack.combiner;
-  }
-  PackError error;
-  for (size_t number = 0; number < request.features.size(); ++number) {
-    error.fault = FeatureFault(request.features[number], combiners[number]);
-    error.feature = static_cast<int32_t>(number);
-    if (error.fault != PackFault::kNone) return error;
-  }
-  return PackError();
-}
-
-Entries EntriesOf(const PackRequest& request, const PackStack& stack, int64_t part) {
-  const int64_t n = request.num_sparsecores, sparsecores = request.sparsecores_per_device;
-  const int64_t device = part / sparsecores, sparsecore = part % sparsecores;
-  Entries entries;
-  int64_t first_sample = 0;
-  for (const int32_t number : stack.features) {
-    const PackFeature& feature = request.features[number];
-    const int64_t batch = feature.batch / request.num_local_devices;
-    const int64_t share = (batch + sparsecores - 1) / sparsecores;
-    for (int64_t i = sparsecore * share; i < std::min((sparsecore + 1) * share, batch); ++i) {
-      const int64_t sample = device * batch + i;
-      const int64_t begin = feature.row_splits ? feature.row_splits[sample] : sample * feature.valency;
-      const int64_t end = feature.row_splits ? feature.row_splits[sample + 1] : begin + feature.valency;
-      float sum = 0;
-      for (int64_t j = begin; j < end; ++j) {
-        const float weight = IdAt(feature, j) == -1 ? 0.0f : feature.weights ? feature.weights[j] : 1.0f;
-        sum = stack.combiner == Combiner::kMean ? sum + weight : static_cast<float>(double{weight} * weight + sum);
-      }
-      const float divisor = stack.combiner == Combiner::kSum    ? 1.0f
-                            : stack.combiner == Combiner::kMean ? sum
-                                                                : std::sqrt(sum);
-      for (int64_t j = begin; j < end; ++j) {
-        const int64_t id = IdAt(feature, j);
-        if (id == -1) continue;
-        const int64_t col = ((id + feature.col_shift % n) % n + n) % n + (id - id % n) + feature.col_offset;
-        const float weight = feature.weights ? feature.weights[j] : 1.0f;
-        const auto key = std::make_tuple(col % n, col / n, first_sample + i - sparsecore * share);
-        entries[key] += divisor == 0 ? 0.0f : weight / divisor;
-      }
-    }
-    first_sample += share;
-  }
-  return entries;
-}
-
-// What is checked.
-
-constexpr int32_t kUntouched = -7;
-
+// The arrays of a packed batch.
 struct Packed {
   Array<int32_t> row_pointers, ids, samples;
   Array<float> gains;
-  std::vector<embax::PackPlacement> placements;
-  embax::PackArrays arrays;
+  std::vector<PackPlacement> placements;
+  PackArrays arrays;
 
-  Packed(int64_t num_pointers, int64_t num_entries)
-      : row_pointers(num_pointers), ids(num_entries), samples(num_entries), gains(num_entries) {
-    std::fill_n(row_pointers.data.get(), num_pointers, kUntouched);
-    std::fill_n(ids.data.get(), num_entries, kUntouched);
-    std::fill_n(samples.data.get(), num_entries, kUntouched);
-    std::fill_n(gains.data.get(), num_entries, static_cast<float>(kUntouched));
-    arrays.row_pointers = row_pointers.data.get();
-    arrays.ids = ids.data.get();
-    arrays.samples = samples.data.get();
-    arrays.gains = gains.data.get();
+  Packed(std::vector<PackPlacement> places, int64_t devices, int64_t pointers_per_device, int64_t entries_per_device)
+      : row_pointers(devices * pointers_per_device),
+        ids(devices * entries_per_device),
+        samples(ids.size),
+        gains(ids.size),
+        placements(std::move(places)) {
+    for (auto* array : {&row_pointers, &ids, &samples}) {
+      std::memset(array->data.get(), kUntouchedByte, array->size * sizeof(int32_t));
+    }
+    std::memset(gains.data.get(), kUntouchedByte, gains.size * sizeof(float));
+    arrays = {row_pointers.data.get(), ids.data.get(),      samples.data.get(),
+              gains.data.get(),        pointers_per_device, entries_per_device};
   }
 };
 
-// Arrays of exactly the size that a sorted batch needs, or of one place less or some more.
-Packed MakeArrays(const Problem& problem, const SortedBatch& batch) {
-  const PackRequest& request = problem.request;
-  const int64_t sparsecores = request.sparsecores_per_device, parts = request.num_local_devices * sparsecores;
-  const int64_t pointers = sparsecores * std::max<int64_t>(request.num_sparsecores, 8);
-  std::vector<embax::PackPlacement> placements;
-  int64_t entries = 0;
-  for (size_t s = 0; s < request.stacks.size(); ++s) {
-    int64_t share = 0;
-    for (int64_t p = 0; p < parts; ++p) share = std::max<int64_t>(share, batch.required()[s * parts + p]);
-    int64_t capacity = (share + 8 * problem.spare) * sparsecores;
-    if (problem.too_small && s == 0) capacity = std::max<int64_t>(share * sparsecores - 1, 0);
-    placements.push_back({static_cast<int64_t>(s) * pointers, entries, capacity});
-    entries += capacity;
+// How far the packing of a problem has come.
+struct Stage {
+  const Problem& problem;
+  const PackRequest& request;
+  const Model& model;
+  int64_t n, sparsecores, devices, num_stacks, pointers;
+  PackLayout layout;
+  int64_t minibatches = 1;
+  std::map<int64_t, int64_t> minibatch_of = {};     // By column: row * SparseCores + SparseCore.
+  const std::vector<PackLimits>* limits = nullptr;  // Once what is beyond them was dropped.
+
+  Stage(const Problem& problem, const Model& model)
+      : problem(problem),
+        request(problem.request),
+        model(model),
+        n(request.num_sparsecores),
+        sparsecores(request.sparsecores_per_device),
+        devices(request.num_local_devices),
+        num_stacks(static_cast<int64_t>(request.stacks.size())),
+        pointers(std::max<int64_t>(n, 8)),
+        layout(problem.plan.layout) {}
+
+  bool shared() const { return layout == PackLayout::kMinibatches; }
+  int64_t PointersOfStack() const { return sparsecores * (shared() ? kBuckets : 1) * pointers; }
+  int64_t MinibatchOf(int64_t column) const { return minibatches == 1 ? 0 : minibatch_of.at(column); }
+
+  // The entries that one stack must have on a device.
+  int64_t Needed(const SortedBatch& batch, int64_t s) const {
+    int64_t needed = 0;
+    for (int64_t device = 0; device < devices; ++device) {
+      const int32_t* required = batch.required().data() + (s * devices + device) * sparsecores;
+      int64_t sum = 0, most = 0;
+      for (int64_t i = 0; i < sparsecores; ++i) {
+        sum += required[i];
+        most = std::max<int64_t>(most, required[i]);
+      }
+      needed = std::max(needed, shared() ? sum : most * sparsecores);
+    }
+    return needed;
   }
-  const int64_t num_pointers = pointers * static_cast<int64_t>(request.stacks.size());
-  Packed packed(num_pointers * request.num_local_devices, entries * request.num_local_devices);
-  packed.placements = std::move(placements);
-  packed.arrays.row_pointers_per_device = num_pointers;
-  packed.arrays.entries_per_device = entries;
+
+  int64_t Capacity(const SortedBatch& batch, int64_t s) const {
+    return limits != nullptr ? (*limits)[s].capacity : Needed(batch, s) + problem.plan.spare;
+  }
+
+  // Arrays in which the stacks have their capacities, and nothing is left over but what the plan asks for.
+  Packed MakeArrays(const SortedBatch& batch) const {
+    const int64_t gap = problem.plan.gap;
+    std::vector<PackPlacement> placements;
+    int64_t pointers_end = 0, entries_end = 0;
+    for (int64_t s = 0; s < num_stacks; ++s) {
+      placements.push_back({pointers_end + gap, entries_end + gap, Capacity(batch, s)});
+      pointers_end += gap + PointersOfStack();
+      entries_end += gap + placements.back().capacity;
+    }
+    return Packed(std::move(placements), devices, pointers_end, entries_end);
+  }
+};
+
+// The entries of a part, by minibatch and partition.
+using Group = std::vector<Part::const_pointer>;
+
+std::vector<Group> GroupsOf(const Stage& stage, const Part& part) {
+  std::vector<Group> groups(stage.minibatches * stage.n);
+  for (const auto& entry : part) {
+    const auto [partition, row, sample] = entry.first;
+    groups[stage.MinibatchOf(row * stage.n + partition) * stage.n + partition].push_back(&entry);
+  }
+  return groups;
+}
+
+int64_t DistinctOf(const Group& group, int64_t count) {
+  int64_t distinct = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    distinct += i == 0 || std::get<1>(group[i]->first) != std::get<1>(group[i - 1]->first);
+  }
+  return distinct;
+}
+
+// What packing must have counted, by what the model says. `dropped` is by feature.
+struct Counts {
+  std::vector<int32_t> max_ids, max_unique_ids, required;
+  std::vector<int64_t> dropped_ids, dropped_entries;
+};
+
+// Writes what the model says into arrays like `packed`; nothing about stacks with stray ids.
+Counts WriteModel(const Stage& stage, const Packed& packed, Packed& expected) {
+  const int64_t n = stage.n, sparsecores = stage.sparsecores;
+  Counts counts;
+  counts.max_ids.assign(stage.num_stacks * stage.devices * n, 0);
+  counts.max_unique_ids = counts.max_ids;
+  counts.dropped_ids.assign(stage.request.features.size(), 0);
+  counts.dropped_entries = counts.dropped_ids;
+  counts.required.assign(stage.num_stacks * stage.devices * sparsecores, 0);
+  for (int64_t s = 0; s < stage.num_stacks; ++s) {
+    if (stage.model.stray[s]) continue;
+    const PackPlacement& placement = packed.placements[s];
+    for (int64_t part = 0, end = 0; part < stage.devices * sparsecores; ++part) {
+      const int64_t device = part / sparsecores, sparsecore = part % sparsecores;
+      const int64_t share = stage.shared() ? placement.capacity : placement.capacity / sparsecores;
+      const int64_t base = device * packed.arrays.entries_per_device + placement.entries_start +
+                           (stage.shared() ? 0 : sparsecore * share);
+      int32_t* pointers = expected.arrays.row_pointers + device * packed.arrays.row_pointers_per_device +
+                          placement.row_pointers_start + sparsecore * stage.minibatches * stage.pointers;
+      if (!stage.shared() || sparsecore == 0) end = 0;
+      const int64_t start = end;
+      const std::vector<Group> groups = GroupsOf(stage, stage.model.stacks[s][part]);
+      for (size_t g = 0; g < groups.size(); ++g) {
+        const Group& group = groups[g];
+        const int64_t partition = static_cast<int64_t>(g) % n, size = static_cast<int64_t>(group.size());
+        const auto raise = [&](std::vector<int32_t>& most, int64_t value) {
+          int32_t& count = most[(s * stage.devices + device) * n + partition];
+          count = std::max(count, static_cast<int32_t>(value));
+        };
+        raise(counts.max_ids, size);
+        raise(counts.max_unique_ids, DistinctOf(group, size));
+        int64_t kept = size;
+        if (stage.limits != nullptr) {
+          const PackLimits& limits = (*stage.limits)[s];
+          kept = std::min({kept, limits.max_ids, share / 8 * 8 - end});
+          while (DistinctOf(group, kept) > limits.max_unique_ids) --kept;
+        }
+        for (int64_t i = kept; i < size; ++i) {
+          const ModelEntry& entry = group[i]->second;
+          counts.dropped_ids[entry.feature] += entry.ids;
+          ++counts.dropped_entries[entry.feature];
+        }
+        EXPECT(end + RoundUp(kept) <= share);
+        for (int64_t i = 0; i < RoundUp(kept); ++i) {
+          const int64_t at = base + end + i;
+          expected.ids[at] = i < kept ? static_cast<int32_t>(std::get<1>(group[i]->first)) : kPaddingId;
+          expected.samples[at] = i < kept ? static_cast<int32_t>(std::get<2>(group[i]->first)) : kPaddingId;
+          expected.gains[at] = i < kept ? group[i]->second.gain : NAN;
+        }
+        pointers[partition] = static_cast<int32_t>(end + kept);
+        end += RoundUp(kept);
+        if (partition + 1 < n) continue;
+        for (int64_t p = n; p < stage.pointers; ++p) pointers[p] = static_cast<int32_t>(end);
+        pointers += stage.pointers;
+      }
+      counts.required[s * stage.devices * sparsecores + part] = static_cast<int32_t>(end - start);
+    }
+  }
+  return counts;
+}
+
+// Calls visit(part, minibatch, partition, place of the entry) for the entries of one stack, whatever they are, and checks
+// all that must hold of any.
+template <typename Visit>
+void ForEntries(const Stage& stage, const Packed& packed, int64_t s, Visit&& visit) {
+  const PackPlacement& placement = packed.placements[s];
+  const int64_t share = stage.shared() ? placement.capacity : placement.capacity / stage.sparsecores;
+  for (int64_t device = 0; device < stage.devices; ++device) {
+    const int64_t first = device * packed.arrays.entries_per_device + placement.entries_start;
+    const int32_t* pointers =
+        packed.arrays.row_pointers + device * packed.arrays.row_pointers_per_device + placement.row_pointers_start;
+    const int32_t* const pointers_end = pointers + stage.PointersOfStack();
+    const auto expect_untouched = [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) EXPECT(packed.arrays.ids[begin] == kUntouched);
+    };
+    int64_t end = 0, base = first;
+    for (int64_t sparsecore = 0; sparsecore < stage.sparsecores; ++sparsecore) {
+      if (!stage.shared()) {
+        if (sparsecore > 0) expect_untouched(base + end, base + share);
+        end = 0;
+        base = first + sparsecore * share;
+      }
+      for (int64_t minibatch = 0; minibatch < stage.minibatches; ++minibatch, pointers += stage.pointers) {
+        for (int64_t partition = 0; partition < stage.n; ++partition) {
+          const int64_t stop = pointers[partition];
+          EXPECT(end <= stop && RoundUp(stop) <= share);
+          const int64_t part = device * stage.sparsecores + sparsecore;
+          for (; end < stop; ++end) visit(part, minibatch, partition, base + end);
+          for (; end < RoundUp(stop); ++end) {
+            EXPECT(packed.arrays.ids[base + end] == kPaddingId && packed.arrays.samples[base + end] == kPaddingId);
+            EXPECT(std::isnan(packed.arrays.gains[base + end]));
+          }
+        }
+        for (int64_t p = stage.n; p < stage.pointers; ++p) EXPECT(pointers[p] == end);
+      }
+    }
+    expect_untouched(base + end, base + share);
+    for (; pointers < pointers_end; ++pointers) EXPECT(*pointers == kUntouched);
+  }
+}
+
+// A stack with ids that nobody looked for: each has any entry or none, and all others have theirs.
+void CheckStray(const Stage& stage, const Packed& packed, int64_t s) {
+  int64_t samples = 0, ids = 0, entries = 0;
+  for (const int32_t number : stage.request.stacks[s].features) {
+    const PackFeature& feature = stage.request.features[number];
+    samples += (feature.batch / stage.devices + stage.sparsecores - 1) / stage.sparsecores;
+    ids += feature.num_ids;
+  }
+  using Where = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+  Where last = {};
+  std::vector<std::map<Part::key_type, float>> found(stage.model.stacks[s].size());
+  ForEntries(stage, packed, s, [&](int64_t part, int64_t minibatch, int64_t partition, int64_t place) {
+    const int64_t row = packed.arrays.ids[place], sample = packed.arrays.samples[place];
+    EXPECT(row >= 0 && sample >= 0 && sample < samples);
+    const Where where = {part, minibatch, partition, row, sample};
+    EXPECT(entries == 0 || last < where);
+    last = where;
+    EXPECT(found[part].emplace(std::make_tuple(partition, row, sample), packed.arrays.gains[place]).second);
+    ++entries;
+  });
+  EXPECT(entries <= ids);
+  for (size_t part = 0; stage.limits == nullptr && part < found.size(); ++part) {
+    for (const auto& [place, entry] : stage.model.stacks[s][part]) {
+      const auto same = found[part].find(place);
+      EXPECT(same != found[part].end());
+      EXPECT(entry.beside_stray || SameNumber(same->second, entry.gain));
+    }
+  }
+}
+
+// Calls visit(array, begin, end) for what one stack has of the arrays.
+template <typename Visit>
+void ForRanges(const Stage& stage, const Packed& packed, int64_t s, Visit&& visit) {
+  const PackPlacement& placement = packed.placements[s];
+  for (int64_t device = 0; device < stage.devices; ++device) {
+    const int64_t pointer = device * packed.arrays.row_pointers_per_device + placement.row_pointers_start;
+    const int64_t entry = device * packed.arrays.entries_per_device + placement.entries_start;
+    visit(&Packed::row_pointers, pointer, pointer + stage.PointersOfStack());
+    visit(&Packed::ids, entry, entry + placement.capacity);
+    visit(&Packed::samples, entry, entry + placement.capacity);
+    visit(&Packed::gains, entry, entry + placement.capacity);
+  }
+}
+
+Packed LikeIt(const Stage& stage, const Packed& packed) {
+  return Packed(packed.placements, stage.devices, packed.arrays.row_pointers_per_device,
+                packed.arrays.entries_per_device);
+}
+
+void CheckEqual(const Packed& packed, const Packed& expected) {
+  // In one go, which sanitizers do not slow down.
+  const auto same = [&](const auto& array, const auto& other) {
+    return std::memcmp(array.data.get(), other.data.get(), array.size * sizeof(other.data[0])) == 0;
+  };
+  EXPECT(same(packed.row_pointers, expected.row_pointers));
+  EXPECT(same(packed.ids, expected.ids));
+  EXPECT(same(packed.samples, expected.samples));
+  if (same(packed.gains, expected.gains)) return;
+  for (int64_t i = 0; i < packed.gains.size; ++i) EXPECT(SameNumber(packed.arrays.gains[i], expected.arrays.gains[i]));
+}
+
+// Compares the arrays and the counts with the model; `dropped` is null unless entries were dropped.
+void CheckPacked(const Stage& stage, const SortedBatch& batch, const Packed& packed,
+                 const std::vector<int64_t>* dropped) {
+  Packed expected = LikeIt(stage, packed);
+  const Counts counts = WriteModel(stage, packed, expected);
+  const int64_t per_stack = stage.devices * stage.n, parts = stage.devices * stage.sparsecores;
+  for (int64_t s = 0; s < stage.num_stacks; ++s) {
+    if (stage.model.stray[s]) {
+      CheckStray(stage, packed, s);
+      ForRanges(stage, packed, s, [&](auto array, int64_t begin, int64_t end) {
+        const auto* own = (packed.*array).data.get();
+        std::copy(own + begin, own + end, (expected.*array).data.get() + begin);
+      });
+      continue;
+    }
+    const auto same = [s](const std::vector<int32_t>& a, const std::vector<int32_t>& b, int64_t size) {
+      return std::equal(a.begin() + s * size, a.begin() + (s + 1) * size, b.begin() + s * size);
+    };
+    EXPECT(same(counts.max_ids, batch.max_ids(), per_stack));
+    EXPECT(same(counts.max_unique_ids, batch.max_unique_ids(), per_stack));
+    EXPECT(same(counts.required, batch.required(), parts));
+    for (const int32_t feature : stage.request.stacks[s].features) {
+      if (dropped == nullptr) continue;
+      EXPECT((*dropped)[feature] <= counts.dropped_ids[feature]);
+      EXPECT((*dropped)[feature] >= counts.dropped_entries[feature]);
+      if (stage.request.count_merged) EXPECT((*dropped)[feature] == counts.dropped_ids[feature]);
+    }
+  }
+  CheckEqual(packed, expected);
+}
+
+// Tries to write into arrays, or at placements, that cannot hold the batch.
+void CheckRefusal(const Stage& stage, const SortedBatch& batch, const Packed& packed) {
+  std::vector<PackPlacement> placements = packed.placements;
+  PackArrays arrays = packed.arrays;
+  PackLayout layout = stage.layout;
+  const int64_t stacks = stage.num_stacks;
+  bool refused = stacks > 0;
+  if (stacks == 0) return;
+  switch (stage.problem.plan.refusal) {
+    case 1: placements.pop_back(); break;
+    case 2: placements.push_back({arrays.row_pointers_per_device, arrays.entries_per_device, 0}); break;
+    case 3: --arrays.row_pointers_per_device; break;
+    case 4: --arrays.entries_per_device; break;
+    case 5: placements[0].row_pointers_start = -1; break;
+    case 6: placements[0].entries_start = -1; break;
+    case 7: placements[0].capacity = -1; break;
+    case 8: placements[stacks - 1].row_pointers_start -= stage.problem.plan.gap + 1; break;
+    case 9: placements[stacks - 1].entries_start -= stage.problem.plan.gap + 1; break;
+    case 10: ++placements[0].capacity, refused = stage.problem.plan.gap == 0 || stacks == 1; break;
+    case 11: --placements[0].capacity, refused = placements[0].capacity < stage.Needed(batch, 0); break;
+    case 12: placements[0].capacity = 0, refused = stage.Needed(batch, 0) > 0; break;
+    case 13: layout = PackLayout::kShares, refused = stage.minibatches > 1; break;
+    case 14:
+      placements[stacks - 1].capacity = int64_t{INT32_MAX} + 1;
+      arrays.entries_per_device = INT64_MAX / 2;
+      refused = stage.shared();
+      break;
+    default: return;
+  }
+  if (!refused) return;
+  EXPECT(!batch.Write(placements, arrays, layout, stage.problem.plan.other_threads));
+  CheckEqual(packed, LikeIt(stage, packed));
+}
+
+Packed Write(const Stage& stage, const SortedBatch& batch) {
+  Packed packed = stage.MakeArrays(batch);
+  CheckRefusal(stage, batch, packed);
+  EXPECT(batch.Write(packed.placements, packed.arrays, stage.layout, stage.problem.plan.other_threads));
   return packed;
 }
 
-// Entries of one SparseCore, and its counts.
-void CheckPart(const PackRequest& request, const SortedBatch& batch, const Packed& packed, int64_t s, int64_t part,
-               const Entries& expected, std::vector<int32_t>& max_ids, std::vector<int32_t>& max_unique_ids) {
-  const int64_t n = request.num_sparsecores, sparsecores = request.sparsecores_per_device;
-  const int64_t device = part / sparsecores, sparsecore = part % sparsecores;
-  const embax::PackPlacement& placement = packed.placements[s];
-  const int64_t share = placement.capacity / sparsecores;
-  const int64_t first = device * packed.arrays.entries_per_device + placement.entries_start + sparsecore * share;
-  const int32_t* pointers = packed.arrays.row_pointers + device * packed.arrays.row_pointers_per_device +
-                            placement.row_pointers_start + sparsecore * std::max<int64_t>(n, 8);
-  int64_t position = 0;
-  auto entry = expected.begin();
-  for (int64_t partition = 0; partition < n; ++partition) {
-    int32_t count = 0, distinct = 0;
-    int64_t last_row = -1;
-    for (; entry != expected.end() && std::get<0>(entry->first) == partition; ++entry, ++position, ++count) {
-      EXPECT(position < share);
-      const int64_t row = std::get<1>(entry->first);
-      distinct += row != last_row;
-      last_row = row;
-      EXPECT(row < request.stacks[s].num_rows / n);
-      EXPECT(packed.arrays.ids[first + position] == row);
-      EXPECT(packed.arrays.samples[first + position] == std::get<2>(entry->first));
-      const float gain = packed.arrays.gains[first + position];
-      // Gains of equal ids may add up to infinity, or to NaN.
-      EXPECT(gain == entry->second || (std::isnan(gain) && std::isnan(entry->second)));
+// That only a minibatch of one bucket is beyond limits.
+void CheckLimits(const Stage& stage, uint64_t boundaries) {
+  std::vector<int64_t> buckets = {1};  // Of each minibatch.
+  for (int bucket = 1; bucket < kBuckets; ++bucket) {
+    if (boundaries >> (bucket - 1) & 1) {
+      buckets.push_back(1);
+    } else {
+      ++buckets.back();
     }
-    EXPECT(pointers[partition] == position);
-    for (; position % 8 != 0; ++position) {
-      EXPECT(packed.arrays.ids[first + position] == INT32_MAX);
-      EXPECT(packed.arrays.samples[first + position] == INT32_MAX);
-      EXPECT(std::isnan(packed.arrays.gains[first + position]));
-    }
-    max_ids[device * n + partition] = std::max(max_ids[device * n + partition], count);
-    max_unique_ids[device * n + partition] = std::max(max_unique_ids[device * n + partition], distinct);
   }
-  EXPECT(entry == expected.end());
-  for (int64_t p = n; p < 8; ++p) EXPECT(pointers[p] == position);
-  EXPECT(batch.required()[s * request.num_local_devices * sparsecores + part] == position);
-  for (; position < share; ++position) EXPECT(packed.arrays.ids[first + position] == kUntouched);
-}
-
-void CheckPacked(const PackRequest& request, const SortedBatch& batch, const Packed& packed) {
-  const int64_t counts = request.num_local_devices * request.num_sparsecores;
-  for (size_t s = 0; s < request.stacks.size(); ++s) {
-    std::vector<int32_t> max_ids(counts, 0), max_unique_ids(counts, 0);
-    for (int64_t part = 0; part < request.num_local_devices * request.sparsecores_per_device; ++part) {
-      const Entries expected = EntriesOf(request, request.stacks[s], part);
-      CheckPart(request, batch, packed, static_cast<int64_t>(s), part, expected, max_ids, max_unique_ids);
+  for (int64_t s = 0; s < stage.num_stacks; ++s) {
+    if (stage.model.stray[s]) continue;
+    const PackLimits& limits = stage.problem.plan.limits[s];
+    for (const Part& part : stage.model.stacks[s]) {
+      const std::vector<Group> groups = GroupsOf(stage, part);
+      for (size_t g = 0; g < groups.size(); ++g) {
+        const int64_t size = static_cast<int64_t>(groups[g].size());
+        if (size <= limits.max_ids && DistinctOf(groups[g], size) <= limits.max_unique_ids) continue;
+        EXPECT(buckets[g / stage.n] == 1);
+      }
     }
-    EXPECT(std::equal(max_ids.begin(), max_ids.end(), batch.max_ids().begin() + s * counts));
-    EXPECT(std::equal(max_unique_ids.begin(), max_unique_ids.end(), batch.max_unique_ids().begin() + s * counts));
   }
 }
 
-}  // namespace
+bool WithinLimits(const Stage& stage, const SortedBatch& batch) {
+  const int64_t size = stage.devices * stage.n;
+  for (int64_t i = 0; i < stage.num_stacks * size; ++i) {
+    const PackLimits& limits = stage.problem.plan.limits[i / size];
+    if (batch.max_ids()[i] > limits.max_ids || batch.max_unique_ids()[i] > limits.max_unique_ids) return false;
+  }
+  return true;
+}
 
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  Choices choices(data, size);
-  const Problem problem = MakeProblem(choices);
+void DivideAndCheck(Stage& stage, SortedBatch& batch) {
+  const Plan& plan = stage.problem.plan;
+  const uint64_t own = batch.MinibatchBoundaries(plan.limits, plan.other_threads);
+  const bool any_stray = std::count(stage.model.stray.begin(), stage.model.stray.end(), true) > 0;
+  EXPECT(any_stray || (own == 0) == WithinLimits(stage, batch));
+  EXPECT(own >> (kBuckets - 1) == 0);
+  const uint64_t boundaries = own | plan.other_boundaries;
+  for (int bit = 0; bit < kBuckets - 1; ++bit) stage.minibatches += boundaries >> bit & 1;
+  EXPECT(batch.FormMinibatches(boundaries, plan.other_threads) == stage.minibatches);
+  if (stage.minibatches == 1) return;
+  EXPECT(batch.FormMinibatches(~boundaries, plan.other_threads) == stage.minibatches);
+
+  // Which ids share a minibatch is left to the hash: any two copies of one do.
+  const Packed packed = Write(stage, batch);
+  for (int64_t s = 0; s < stage.num_stacks; ++s) {
+    if (stage.model.stray[s]) continue;
+    ForEntries(stage, packed, s, [&](int64_t, int64_t minibatch, int64_t partition, int64_t place) {
+      const int64_t column = packed.arrays.ids[place] * stage.n + partition;
+      EXPECT(stage.minibatch_of.try_emplace(column, minibatch).first->second == minibatch);
+    });
+  }
+  for (const std::vector<Part>& parts : stage.model.stacks) {
+    // A copy that is not there anywhere is found missing when all is compared.
+    for (const Part& part : parts) {
+      for (const auto& entry : part) {
+        stage.minibatch_of.try_emplace(std::get<1>(entry.first) * stage.n + std::get<0>(entry.first), 0);
+      }
+    }
+  }
+  CheckLimits(stage, boundaries);
+  CheckPacked(stage, batch, packed, nullptr);
+}
+
+void DropAndCheck(Stage& stage, SortedBatch& batch) {
+  std::vector<PackLimits> limits = stage.problem.plan.limits;
+  for (int64_t s = 0; s < stage.num_stacks; ++s) {
+    if (limits[s].capacity < 0) limits[s].capacity = RoundUp(stage.Needed(batch, s)) + stage.problem.plan.spare;
+  }
+  const std::vector<int64_t> dropped = batch.Drop(limits, stage.layout);
+  EXPECT(dropped.size() == stage.request.features.size());
+  stage.limits = &limits;
+  CheckPacked(stage, batch, Write(stage, batch), &dropped);
+  stage.limits = nullptr;
+}
+
+void CheckBatch(const Problem& problem, SortedBatch& batch) {
   const PackRequest& request = problem.request;
-  const auto batch = SortedBatch::New();
-  const PackError error = batch->Sort(request, problem.sort_threads);
+  const PackError error = batch.Sort(request, problem.plan.sort_threads);
   EXPECT(error.fault != PackFault::kChanged);
   EXPECT(problem.may_be_invalid || error.fault != PackFault::kRequest);
-  if (problem.may_be_invalid && error.fault != PackFault::kNone) return 0;
+  if (problem.may_be_invalid && error.fault != PackFault::kNone) return;
   const PackError expected = FirstFault(request);
   EXPECT(error.fault == expected.fault);
   EXPECT(error.feature == expected.feature);
-  if (error.fault != PackFault::kNone) return 0;
+  EXPECT(error.sample == expected.sample);
+  EXPECT(error.position == expected.position);
+  if (error.fault != PackFault::kNone) return;
 
-  const Packed packed = MakeArrays(problem, *batch);
-  int64_t needed = 0;
-  for (size_t part = 0; !request.stacks.empty() && part < batch->required().size() / request.stacks.size(); ++part) {
-    needed = std::max<int64_t>(needed, batch->required()[part]);
-  }
-  const bool fits = !problem.too_small || needed == 0;
-  EXPECT(batch->Write(packed.placements, packed.arrays, embax::PackLayout::kShares, problem.write_threads) == fits);
-  if (fits) {
-    CheckPacked(request, *batch, packed);
-  } else {
-    for (int64_t i = 0; i < packed.ids.size; ++i) EXPECT(packed.arrays.ids[i] == kUntouched);
-    for (int64_t i = 0; i < packed.row_pointers.size; ++i) EXPECT(packed.arrays.row_pointers[i] == kUntouched);
+  const Model model = MakeModel(request);
+  EXPECT(batch.invalid() == model.invalid);
+  Stage stage(problem, model);
+  CheckPacked(stage, batch, Write(stage, batch), nullptr);
+  if (problem.plan.divide) DivideAndCheck(stage, batch);
+  if (problem.plan.drop) DropAndCheck(stage, batch);
+}
+
+}  // namespace
+}  // namespace embax::fuzz
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  embax::fuzz::Choices choices(data, size);
+  embax::SortedBatch batch;  // A new one, so that an input fails whatever ran before it.
+  embax::fuzz::Problem problem = embax::fuzz::MakeProblem(choices);
+  embax::fuzz::CheckBatch(problem, batch);
+  // What an earlier batch left must not show in a later one: the same request with another plan, or another request.
+  for (int64_t left = choices.Byte() % 4; left > 0; --left) {
+    if (choices.OneIn(2)) {
+      embax::fuzz::ChoosePlan(choices, problem);
+    } else {
+      problem = embax::fuzz::MakeProblem(choices);
+    }
+    embax::fuzz::CheckBatch(problem, batch);
   }
   return 0;
 }

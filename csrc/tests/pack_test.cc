@@ -297,6 +297,66 @@ void TestMinibatchesAndDropping() {
   EXPECT(minibatched > 50 && dropping > 50);
 }
 
+// One table of `vocabulary` rows, one id a sample, all samples on one of four SparseCores.
+PackRequest RequestOf(const std::vector<int32_t>& ids, int64_t vocabulary) {
+  PackRequest request;
+  request.num_sparsecores = 4;
+  PackFeature feature;
+  feature.ids = ids.data();
+  feature.num_ids = feature.batch = static_cast<int64_t>(ids.size());
+  feature.valency = 1;
+  feature.vocabulary = vocabulary;
+  request.features.push_back(feature);
+  embax::PackStack stack;
+  stack.num_rows = (vocabulary + 3) / 4 * 4;
+  stack.features = {0};
+  request.stacks.push_back(stack);
+  return request;
+}
+
+void TestDroppingIntoAnyCapacity() {
+  std::vector<int32_t> ids;
+  for (int32_t i = 0; i < 40; ++i) ids.push_back(i);
+  PackRequest request = RequestOf(ids, 40);
+  request.count_merged = true;
+  for (const auto layout : {embax::PackLayout::kShares, embax::PackLayout::kMinibatches}) {
+    for (int64_t capacity = 0; capacity < 80; ++capacity) {
+      const auto batch = SortedBatch::New();
+      EXPECT(batch->Sort(request, 1).fault == PackFault::kNone);
+      const int64_t full = capacity / 16, rest = capacity % 16 >= 8 ? 8 : 0;
+      const int64_t kept = full >= 4 ? 40 : full * 10 + rest;
+      EXPECT(batch->Drop({{100, 100, capacity}}, layout) == std::vector<int64_t>{40 - kept});
+      std::vector<int32_t> pointers(64 * 8), rows(capacity), samples(capacity);
+      std::vector<float> gains(capacity);
+      const embax::PackArrays arrays = {pointers.data(), rows.data(), samples.data(), gains.data(), 64 * 8, capacity};
+      EXPECT(batch->Write({{0, 0, capacity}}, arrays, layout, 1));
+      for (int i = 1; i < 4; ++i) EXPECT(pointers[i] >= pointers[i - 1] && pointers[i] <= capacity);
+    }
+  }
+}
+
+void TestTrustedIdsDisplaceNoOthers() {
+  Random random(0);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<int32_t> ids(100);
+    for (int32_t& id : ids) id = static_cast<int32_t>(random.Below(1000));
+    const size_t bad = random.Below(100);
+    ids[bad] = static_cast<int32_t>(1000 + random.Below(INT32_MAX - 1000));
+    PackRequest request = RequestOf(ids, 1000);
+    request.validation = embax::Validation::kTrust;
+    const auto batch = SortedBatch::New();
+    EXPECT(batch->Sort(request, 1).fault == PackFault::kNone);
+    const Packed packed = Write(request, *batch, 1);
+    std::vector<int32_t> found(100, -1);
+    for (int32_t partition = 0, place = 0; partition < 4; ++partition, place = (place + 7) / 8 * 8) {
+      for (; place < packed.row_pointers[partition]; ++place) {
+        found[packed.samples[place]] = packed.ids[place] * 4 + partition;
+      }
+    }
+    for (size_t i = 0; i < ids.size(); ++i) EXPECT(i == bad || found[i] == ids[i]);
+  }
+}
+
 // The first fault, found the plain way.
 PackError PlainFault(const PackRequest& request) {
   PackError error;
@@ -436,6 +496,8 @@ void TestFork() {
 int main() {
   TestAgainstPlainCode();
   TestMinibatchesAndDropping();
+  TestDroppingIntoAnyCapacity();
+  TestTrustedIdsDisplaceNoOthers();
   TestFaults();
   TestRowSplitsOfAnyValue();
   TestManyThreads();
