@@ -146,7 +146,21 @@ def test_an_unknown_stack_changes_nothing():
 
 @pytest.mark.parametrize(
     "value",
-    [-1, [3, -1], 2.5, [0.5, 2], float("nan"), float("inf"), [], "7", None, [True], 2**31, np.uint64(2**63)],
+    [
+        -1,
+        [3, -1],
+        2.5,
+        [0.5, 2],
+        float("nan"),
+        float("inf"),
+        [],
+        [[1], [2, 3]],
+        "7",
+        None,
+        [True],
+        2**31,
+        np.uint64(2**63),
+    ],
 )
 def test_bad_values(value):
     specs = stacked()

@@ -4,10 +4,21 @@ import copy
 import dataclasses
 
 import jax
+import numpy as np
 import oracle
 import pytest
 
 import embax
+from embax._stacking.plan import make_plan
+
+
+def fields_of(specs):
+    """All fields of all features and tables: which objects they are."""
+    return [
+        {name: id(value) for name, value in vars(spec).items()}
+        for leaf in jax.tree.leaves(specs)
+        for spec in (leaf, leaf.table_spec)
+    ]
 
 
 def test_placement_of_a_table_and_its_features():
@@ -33,9 +44,10 @@ def test_placement_of_a_table_and_its_features():
 def test_preparing_twice_changes_nothing():
     specs = {"f": oracle.feature_spec("f", oracle.table_spec())}
     embax.prepare_feature_specs_for_training(specs, 1, 4)
-    before = copy.deepcopy(specs["f"].table_spec.stacked_table_spec)
+    before, fields = copy.deepcopy(specs["f"].table_spec.stacked_table_spec), fields_of(specs)
     embax.prepare_feature_specs_for_training(specs, 1, 4)
     assert specs["f"].table_spec.stacked_table_spec == before
+    assert fields_of(specs) == fields  # Packers are kept by the identity of the fields.
 
 
 def test_equal_tables_that_are_different_objects_are_one_table():
@@ -189,3 +201,157 @@ def test_two_tables_of_one_name_differ_in_a_field_that_is_named():
     one, two = oracle.table_spec(initializer=jax.nn.initializers.normal()), oracle.table_spec(combiner="mean")
     with pytest.raises(ValueError, match="they differ in initializer, combiner. Table names must differ"):
         embax.prepare_feature_specs_for_training([oracle.feature_spec("f", one), oracle.feature_spec("g", two)])
+
+
+TABLE_CHANGES = [
+    ("name", "", "TableSpec: name is ''; it must be a non-empty string"),
+    ("name", [], r"TableSpec: name is \[\]; it must be a non-empty string"),
+    ("vocabulary_size", 0, "Table 'bad': vocabulary_size is 0; it must be an integer from 1 to 2147483647"),
+    ("vocabulary_size", 2.5, "Table 'bad': vocabulary_size is 2.5; it must be an integer"),
+    ("embedding_dim", "x", "Table 'bad': embedding_dim is 'x'; it must be an integer"),
+    ("combiner", "foo", "Table 'bad': combiner is 'foo'; it must be one of 'sum', 'mean', 'sqrtn'"),
+    ("max_ids_per_partition", -1, "Table 'bad': max_ids_per_partition is -1; it must be"),
+    ("max_unique_ids_per_partition", "x", "Table 'bad': max_unique_ids_per_partition is 'x'; it must be"),
+    ("suggested_coo_buffer_size_per_device", 0, "Table 'bad': suggested_coo_buffer_size_per_device is 0; it"),
+    ("optimizer", None, "Table 'bad': optimizer is None; it must be one of embax's optimizer specs"),
+    ("quantization_config", 3, "Table 'bad': quantization_config is 3; it must be a QuantizationConfig"),
+]
+FEATURE_CHANGES = [
+    ("name", 3, "FeatureSpec: name is 3; it must be a non-empty string"),
+    ("output_shape", (0, 8), "Feature 'bad': a size of output_shape is 0; it must be an integer from 1"),
+    ("output_shape", (8,), r"Feature 'bad': output_shape is \(8,\); it must be \(batch, embedding_dim\)"),
+    ("output_shape", (8, 9), r"Feature 'bad': output_shape is \(8, 9\), wider than the 8 columns of table 'bad'"),
+    ("input_shape", None, "Feature 'bad': input_shape is None; it must be a sequence of sizes"),
+    ("table_spec", None, "Feature 'bad': table_spec is None; it must be a TableSpec"),
+]
+
+
+def stack_good_tables(specs):
+    return embax.stack_tables(specs, ["good", "also good"])
+
+
+PLACE = [embax.prepare_feature_specs_for_training, embax.auto_stack_tables, stack_good_tables]
+
+
+@pytest.mark.parametrize("place", PLACE)
+@pytest.mark.parametrize(
+    ("of_table", "field", "value", "message"),
+    [(True, *change) for change in TABLE_CHANGES] + [(False, *change) for change in FEATURE_CHANGES],
+)
+def test_fields_that_were_set_are_checked_when_they_are_placed(place, of_table, field, value, message):
+    specs = [oracle.feature_spec(name, oracle.table_spec(name)) for name in ("good", "also good", "bad")]
+    specs[0].input_shape = [10, np.int64(3)]
+    setattr(specs[2].table_spec if of_table else specs[2], field, value)
+    leaves = specs[:2] if field == "table_spec" else specs
+    before = fields_of(leaves)
+    with pytest.raises(ValueError, match=message):
+        place(specs)
+    assert fields_of(leaves) == before
+
+
+def test_fields_that_were_set_are_normalized_when_they_are_placed():
+    table = oracle.table_spec()
+    specs = [oracle.feature_spec("f", table)]
+    specs[0].input_shape, specs[0].output_shape, table.vocabulary_size = [10, 3], [np.int64(10), 8], np.int64(60)
+    embax.prepare_feature_specs_for_training(specs, 1, 4)
+    assert (specs[0].input_shape, specs[0].output_shape) == ((10, 3), (10, 8))
+    assert type(table.vocabulary_size) is int
+    assert type(table.stacked_table_spec.stack_vocab_size) is int
+    assert specs[0].table_spec is table
+
+
+@pytest.mark.parametrize("place", PLACE[:2])
+def test_a_table_that_does_not_fit_leaves_all_as_they_were(place):
+    sizes = {"a": 50, "b": 2**31 - 1}
+    specs = [oracle.feature_spec(name, oracle.table_spec(name, rows, dim=8)) for name, rows in sizes.items()]
+    specs[1].table_spec.combiner = "mean"  # So that they are not stacked.
+    before = fields_of(specs)
+    with pytest.raises(ValueError, match="Stack 'b': 2147483647 rows are 2147483648 when padded for 2 devices"):
+        place(specs, 2)
+    assert fields_of(specs) == before
+    specs[1].table_spec.vocabulary_size = 60
+    place(specs, 1)  # Other counts than in the call that failed.
+    assert {stack.num_devices for stack in embax.get_stacked_table_specs(specs).values()} == {1}
+
+
+def test_counts_left_out_are_those_of_placed_tables():
+    def three():
+        specs = [oracle.feature_spec(name, oracle.table_spec(name)) for name in "abc"]
+        return embax.stack_tables(specs, ["a"], 2, 3)
+
+    for place in (
+        embax.prepare_feature_specs_for_training,
+        embax.auto_stack_tables,
+        lambda specs, *counts: embax.stack_tables(specs, ["b", "c"], *counts),
+    ):
+        for counts in ((), (2,), (None, 3), (2, 3)):
+            specs = place(three(), *counts)
+            stacks = embax.get_stacked_table_specs(specs).values()
+            assert {(stack.num_devices, stack.num_sparsecores_per_device) for stack in stacks} == {(2, 3)}
+            assert make_plan(specs).num_sparsecores == 6
+        for counts, wanted in (((1,), r"\(1, 3\)"), ((None, 4), r"\(2, 4\)"), ((1, 4), r"\(1, 4\)")):
+            specs = three()
+            before = fields_of(specs)
+            with pytest.raises(
+                ValueError,
+                match=rf"table 'a' was placed for \(devices, SparseCores a device\) \(2, 3\) and is now asked for on {wanted}; "
+                "leave global_device_count and num_sc_per_device out",
+            ):
+                place(specs, *counts)
+            assert fields_of(specs) == before
+
+
+def test_tables_that_were_placed_for_different_counts():
+    specs = [oracle.feature_spec(name, oracle.table_spec(name)) for name in "abc"]
+    embax.stack_tables(specs[:1], ["a"], 2, 3)
+    embax.stack_tables(specs[1:2], ["b"], 1, 3)
+    with pytest.raises(
+        ValueError,
+        match=r"placed for different \(devices, SparseCores a device\): table 'a' for \(2, 3\), table 'b' for \(1, 3\); make",
+    ):
+        embax.prepare_feature_specs_for_training(specs)
+
+
+@pytest.mark.parametrize("counts", [(1, 2**16 + 1), (2**14, 5), (10**5, 10**7)])
+def test_too_many_sparsecores(counts):
+    specs = [oracle.feature_spec("f", oracle.table_spec())]
+    before = fields_of(specs)
+    message = (
+        f"global_device_count={counts[0]} devices of num_sc_per_device={counts[1]} SparseCores are "
+        f"{counts[0] * counts[1]} SparseCores, above the limit of 65536 in all"
+    )
+    for place in (
+        embax.prepare_feature_specs_for_training,
+        embax.auto_stack_tables,
+        lambda specs, *counts: embax.stack_tables(specs, ["table"], *counts),
+    ):
+        with pytest.raises(ValueError, match=message):
+            place(specs, *counts)
+    assert fields_of(specs) == before
+    embax.prepare_feature_specs_for_training(specs, 2**14, 4)
+
+
+def test_the_valency_is_the_last_size_of_the_input_shape():
+    ids = np.arange(40) % 50
+    for input_shape, valency in (((40,), None), ((40, 3), 3), ((2, 20, 1), 1), ((40, 1, 3), 3)):
+        feature = embax.FeatureSpec(
+            name="f", table_spec=oracle.table_spec(), input_shape=input_shape, output_shape=(40, 8)
+        )
+        embax.prepare_feature_specs_for_training(feature)
+        assert make_plan(feature).stacks[0].features[0].valency == valency
+        if valency == 3:
+            with pytest.raises(ValueError, match="input_shape has one id a sample; here it has 3"):
+                embax.preprocess(ids, specs=feature)
+        else:
+            embax.preprocess(ids, specs=feature)
+
+
+@pytest.mark.parametrize("place", PLACE)
+def test_what_is_no_feature_tree(place):
+    for specs, message in (
+        (3, "The feature specs hold 3; every leaf must be a FeatureSpec"),
+        (["ta"], "The feature specs hold 'ta'; every leaf must be"),
+        (None, r"The feature specs are empty \(None\): there must be at least one FeatureSpec"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            place(specs)

@@ -189,3 +189,105 @@ def test_a_name_that_is_taken_gets_a_longer_one():
     features.append(oracle.feature_spec("f", oracle.table_spec("table_a_table_b", dim=16)))
     embax.auto_stack_tables(features)
     assert list(embax.get_stacked_table_specs(features)) == ["table_a_table_b", "table_a_table_b_"]
+
+
+def is_untouched(features):
+    return all(f._id_transformation is None and not f.table_spec.is_stacked() for f in features)
+
+
+@pytest.mark.parametrize("auto", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"stack_to_max_ids_per_partition": 256},
+            "stack_to_max_ids_per_partition is 256; it must be a function from a stack's",
+        ),
+        (
+            {"stack_to_max_unique_ids_per_partition": None},
+            "stack_to_max_unique_ids_per_partition is None; it must be a function",
+        ),
+        (
+            {"rotation": "x"},
+            "rotation is 'x'; it must be a number of SparseCores, an integer from -2147483647 to 2147483647",
+        ),
+        ({"rotation": True}, "rotation is True; it must be a number of SparseCores"),
+        ({"rotation": 1.0}, "rotation is 1.0; it must be a number of SparseCores"),
+        ({"rotation": 2**31}, "rotation is 2147483648; it must be"),
+        (
+            {"activation_mem_bytes_limit": "2 MiB"},
+            "activation_mem_bytes_limit is '2 MiB'; it must be an integer from 1",
+        ),
+        ({"activation_mem_bytes_limit": 0}, "activation_mem_bytes_limit is 0; it must be an integer from 1"),
+        ({"global_device_count": "2"}, "global_device_count is '2'; it must be an integer from 1"),
+        ({"num_sc_per_device": 0}, "num_sc_per_device is 0; it must be an integer from 1"),
+    ],
+)
+def test_bad_arguments(auto, arguments, message):
+    _, features = tables_and_features(10, 10)
+    function = "auto_stack_tables" if auto else "stack_tables"
+    with pytest.raises(ValueError, match=f"^{function}: {message}"):
+        getattr(embax, function)(features, **({} if auto else {"table_names": ["table_a", "table_b"]}), **arguments)
+    assert is_untouched(features)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"table_names": None},
+            r"table_names is None; it must be a sequence of names of tables, some of \['table_a', 'table_b'\]",
+        ),
+        ({"table_names": "table_a"}, "table_names is 'table_a'; it must be a sequence of names"),
+        ({"table_names": []}, r"table_names is \[\]; it must be a sequence of names"),
+        ({"table_names": [1, []]}, r"there are no tables \[1, \[\]\]; name some of \['table_a', 'table_b'\]"),
+        ({"stack_name": 3}, "stack_name is 3; it must be a non-empty string, or None"),
+        ({"stack_name": ""}, "stack_name is ''; it must be a non-empty string, or None"),
+        ({"activation_mem_bytes_limit": None}, "activation_mem_bytes_limit is None; it must be an integer from 1"),
+    ],
+)
+def test_bad_arguments_of_one_stack(arguments, message):
+    _, features = tables_and_features(10, 10)
+    with pytest.raises(ValueError, match=f"^stack_tables: {message}"):
+        embax.stack_tables(features, **({"table_names": ["table_a", "table_b"]} | arguments))
+    assert is_untouched(features)
+
+
+@pytest.mark.parametrize("value", [-1, 0, 2.0, "256", None, 2**31])
+@pytest.mark.parametrize("argument", ["stack_to_max_ids_per_partition", "stack_to_max_unique_ids_per_partition"])
+def test_limit_functions_that_return_no_limit_for_the_second_stack(argument, value):
+    _, features = tables_and_features(10, 10)
+    features += [oracle.feature_spec(f"f{k}", oracle.table_spec(f"wide{k}", dim=16)) for k in range(2)]
+    with pytest.raises(
+        ValueError,
+        match=f"Stack 'wide0_wide1': the limit that {argument} returns is {value!r}; it must be an integer from 1 to",
+    ):
+        embax.auto_stack_tables(features, **{argument: lambda name, _: 9 if name == "table_a_table_b" else value})
+    assert is_untouched(features)
+    embax.auto_stack_tables(features, 2, **{argument: lambda *_: np.int64(9)})
+    assert list(embax.get_stacked_table_specs(features)) == ["table_a_table_b", "wide0_wide1"]
+
+
+def test_a_limit_function_that_fails_changes_nothing():
+    _, features = tables_and_features(10, 10)
+    with pytest.raises(ZeroDivisionError):
+        embax.auto_stack_tables(features, stack_to_max_ids_per_partition=lambda *_: 1 // 0)
+    assert is_untouched(features)
+
+
+def test_a_warning_that_is_an_error_changes_nothing():
+    _, features = tables_and_features(10)
+    features.append(oracle.feature_spec("other", oracle.table_spec("other", dim=20)))
+    with pytest.raises(UserWarning, match="all are padded to 24 columns"):
+        embax.stack_tables(features, ["table_a", "other"])
+    assert is_untouched(features)
+
+
+def test_rotations_of_numpy():
+    rotations = []
+    for rotation in (2, np.int64(2), np.uint8(2)):
+        tables, features = tables_and_features(10, 10)
+        embax.stack_tables(features, ["table_a", "table_b"], 1, 4, rotation)
+        rotations.append(tables[1].setting_in_stack.shard_rotation)
+        assert type(rotations[-1]) is int
+    assert rotations == [2, 2, 2]

@@ -220,6 +220,10 @@ def test_names_that_do_not_fit():
             lambda b: {"table": b},
             "Table 'b' has the structure PyTreeDef({'table': *}), but table 'a' of the same stack",
         ),
+        (
+            lambda b: np.ma.masked_array(b, b > 3),
+            "Table 'b' is a masked array, whose mask would be lost. Fill the masked places: array.filled(0).",
+        ),
         (lambda b: b.astype(np.float16), "its tables have different dtypes: 'a' float32, 'b' float16; convert them"),
     ],
 )
@@ -251,6 +255,14 @@ def test_leaves_are_named_by_their_path():
         (-1, np.uint8, "pad_value -1 is no uint8"),
         (300, np.int8, "pad_value 300 is no int8"),
         ("0", np.float32, "pad_value is '0'; it must be a number."),
+        (10**400, np.float32, "pad_value is a number of type int beyond the range of float64, and no float32; pass"),
+        pytest.param(
+            -(10**5000),
+            np.int32,
+            "pad_value is a number of type int beyond the range of float64, and no int32; pass",
+            id="unprintable",
+        ),
+        (2**63, np.int64, "pad_value 9223372036854775808 is no int64"),
     ],
 )
 def test_padding_that_the_dtype_does_not_hold(pad_value, dtype, text):
@@ -315,3 +327,35 @@ def test_tables_that_do_not_divide():
         embax.unshard_table([table], num_sparsecores_per_device=1)
     with pytest.raises(ValueError, match=r"shard_table: num_devices is 0; it must be an integer from 1"):
         embax.shard_table(table, num_devices=0, num_sparsecores_per_device=1)
+
+
+def test_the_largest_int64_as_padding():
+    specs = two_tables()
+    stacks = embax.stack_and_shard_tables(values_of(specs, np.int64), specs=specs, pad_value=2**63 - 1)
+    assert stacks["a_b"].max() == 2**63 - 1
+
+
+def test_masked_arrays_are_refused():
+    specs = two_tables()
+    stack = embax.stack_and_shard_tables(values_of(specs), specs=specs)["a_b"]
+    with pytest.raises(
+        ValueError, match=r"Stack 'a_b' is a masked array, whose mask would be lost\. Fill .*\.filled\(0\)"
+    ):
+        embax.unshard_and_unstack_tables({"a_b": np.ma.masked_invalid(stack)}, specs=specs)
+    table = np.ma.masked_array(np.zeros((6, 3)), mask=True)
+    with pytest.raises(ValueError, match="shard_table: the table is a masked array, whose mask would be lost"):
+        embax.shard_table(table, num_devices=2, num_sparsecores_per_device=3)
+    with pytest.raises(ValueError, match="unshard_table: the array of shards is a masked array"):
+        embax.unshard_table(table[None], num_sparsecores_per_device=3)
+
+
+@pytest.mark.parametrize("array", [np.zeros, jnp.zeros])
+def test_empty_tables(array):
+    for shape, shards in (((0, 3), (2, 0, 3)), ((6, 0), (2, 3, 0)), ((0, 0), (2, 0, 0))):
+        sharded = embax.shard_table(array(shape), num_devices=2, num_sparsecores_per_device=3)
+        assert sharded.shape == shards
+        assert embax.unshard_table(sharded, num_sparsecores_per_device=3).shape == shape
+    with pytest.raises(
+        ValueError, match=r"the shards are an array of shape \(0, 0, 3\), those of no device; pass those"
+    ):
+        embax.unshard_table(array((0, 0, 3)), num_sparsecores_per_device=3)

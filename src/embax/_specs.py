@@ -243,7 +243,7 @@ class FeatureSpec:
     Args:
         name: name of the feature.
         table_spec: table that its ids are looked up in; features may share one.
-        input_shape: `[batch, valency]`; the valency may be left out for ragged ids.
+        input_shape: `[batch, valency]`; of more sizes the last is the valency. It may be left out for ragged ids.
         output_shape: `[batch, embedding_dim]` of the activations.
 
     Raises:

@@ -19,7 +19,10 @@ _LIMITS = {
 
 def _limit(stack: str, field: str, values: Any, factor: int) -> int:
     """The largest of some counts, times `factor`; a batch without ids leaves a limit of 1, the smallest there is."""
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:  # Lists of different lengths.
+        array = np.empty(0)
     good = array.size > 0 and array.dtype.kind in "iuf" and bool(np.isfinite(array).all() and array.min() >= 0)
     if good and array.dtype.kind == "f":
         # A size that was set for a device need not divide by its SparseCores.

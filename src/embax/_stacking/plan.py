@@ -93,15 +93,22 @@ class Plan:
         return self.num_devices * self.num_sparsecores_per_device
 
 
-def feature_leaves(specs: Any) -> list[FeatureSpec]:
-    """The leaves of a feature tree, checked to be features of different names."""
+def any_features(specs: Any) -> list[FeatureSpec]:
+    """The leaves of a feature tree, checked to be features, of any names."""
     leaves = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec))
     if not leaves:
-        raise ValueError("The feature specs are empty: there must be at least one FeatureSpec.")
-    names = set()
+        raise ValueError(f"The feature specs are empty ({specs!r}): there must be at least one FeatureSpec.")
     for leaf in leaves:
         if not isinstance(leaf, FeatureSpec):
             raise ValueError(f"The feature specs hold {leaf!r}; every leaf must be a FeatureSpec.")
+    return leaves
+
+
+def feature_leaves(specs: Any) -> list[FeatureSpec]:
+    """The leaves of a feature tree, checked to be features of different names."""
+    leaves = any_features(specs)
+    names = set()
+    for leaf in leaves:
         if leaf.name in names:
             raise ValueError(f"Two features are named {leaf.name!r}; feature names must differ.")
         names.add(leaf.name)
@@ -176,7 +183,7 @@ def make_plan(specs: Any) -> Plan:
                 row_offset=place.row_offset,
                 col_offset=place.col_offset,
                 col_shift=place.col_shift,
-                valency=leaf.input_shape[1] if len(leaf.input_shape) > 1 else None,
+                valency=leaf.input_shape[-1] if len(leaf.input_shape) > 1 else None,
             )
         )
     return Plan(

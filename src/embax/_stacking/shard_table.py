@@ -9,6 +9,14 @@ from embax._checks import next_multiple, positive_int
 from embax._stacking.resharding import apply
 
 
+def refuse_masked(owner: str, array: Any) -> None:
+    """Raises a ValueError if `array` is a masked array: only its values would be moved."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(
+            f"{owner} is a masked array, whose mask would be lost. Fill the masked places: array.filled(0)."
+        )
+
+
 def _describe(array: Any) -> str:
     if isinstance(array, (np.ndarray, jax.Array)):
         return f"an array of shape {array.shape}"
@@ -16,14 +24,17 @@ def _describe(array: Any) -> str:
 
 
 def _to_devices(table: Any, num_devices: int, num_sparsecores_per_device: int) -> Any:
-    by_row = table.reshape(-1, num_devices, num_sparsecores_per_device, table.shape[1])
-    return by_row.transpose(1, 2, 0, 3).reshape(num_devices, -1, table.shape[1])
+    rows, dim = table.shape
+    by_row = table.reshape(
+        rows // (num_devices * num_sparsecores_per_device), num_devices, num_sparsecores_per_device, dim
+    )
+    return by_row.transpose(1, 2, 0, 3).reshape(num_devices, rows // num_devices, dim)
 
 
 def _from_devices(sharded: Any, num_sparsecores_per_device: int) -> Any:
-    num_devices, _, dim = sharded.shape
-    by_sparsecore = sharded.reshape(num_devices, num_sparsecores_per_device, -1, dim)
-    return by_sparsecore.transpose(2, 0, 1, 3).reshape(-1, dim)
+    num_devices, rows, dim = sharded.shape
+    by_sparsecore = sharded.reshape(num_devices, num_sparsecores_per_device, rows // num_sparsecores_per_device, dim)
+    return by_sparsecore.transpose(2, 0, 1, 3).reshape(num_devices * rows, dim)
 
 
 def shard_table(table: Any, *, num_devices: int, num_sparsecores_per_device: int) -> Any:
@@ -42,7 +53,7 @@ def shard_table(table: Any, *, num_devices: int, num_sparsecores_per_device: int
         A new array [D, vocabulary / D, dim] of the same kind and dtype.
 
     Raises:
-        ValueError: the vocabulary does not divide, or the table does not have two dimensions.
+        ValueError: the vocabulary does not divide, or the table does not have two dimensions or is a masked array.
 
     Example:
         >>> shards = embax.shard_table(table, num_devices=2, num_sparsecores_per_device=4)  # doctest: +SKIP
@@ -54,6 +65,7 @@ def shard_table(table: Any, *, num_devices: int, num_sparsecores_per_device: int
         raise ValueError(
             f"shard_table: the table is {_describe(table)}; it must be a NumPy or JAX array [vocabulary, dim]."
         )
+    refuse_masked("shard_table: the table", table)
     rows, dim = table.shape
     if rows % (devices * sparsecores):
         raise ValueError(
@@ -74,7 +86,8 @@ def unshard_table(sharded: Any, *, num_sparsecores_per_device: int) -> Any:
         A new array [devices * rows of a device, dim] of the same kind and dtype.
 
     Raises:
-        ValueError: the rows of a device do not divide by its SparseCores, or there are not three dimensions.
+        ValueError: the rows of a device do not divide by its SparseCores, there are no devices or not three dimensions, or the
+            array is masked.
     """
     sparsecores = positive_int("unshard_table", "num_sparsecores_per_device", num_sparsecores_per_device)
     if not isinstance(sharded, (np.ndarray, jax.Array)) or sharded.ndim != 3:
@@ -82,7 +95,13 @@ def unshard_table(sharded: Any, *, num_sparsecores_per_device: int) -> Any:
             f"unshard_table: the shards are {_describe(sharded)}; they must be a NumPy or JAX array [devices, rows, dim], as "
             "embax.shard_table returns it."
         )
+    refuse_masked("unshard_table: the array of shards", sharded)
     devices, rows, dim = sharded.shape
+    if not devices:
+        raise ValueError(
+            f"unshard_table: the shards are {_describe(sharded)}, those of no device; pass those of all devices, "
+            "[devices, rows, dim]."
+        )
     if rows % sparsecores:
         raise ValueError(
             f"unshard_table: {rows} rows of a device do not divide by {sparsecores} SparseCores; pass the number that the table "

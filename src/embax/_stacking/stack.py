@@ -1,28 +1,18 @@
-"""Places tables in stacks and features in the batches of stacks."""
+"""Chooses which tables share a stack, and places them and their features. A call that fails leaves all specs as they were."""
 
-import copy
 import dataclasses
 import hashlib
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 
-from embax._checks import INT32_MAX, INT64_MAX, next_multiple, positive_int
-from embax._specs import (
-    DEFAULT_ACTIVATION_MEM_BYTES_LIMIT,
-    FeatureIdTransformation,
-    FeatureSpec,
-    StackedTableSpec,
-    TableSettingInStack,
-    TableSpec,
-)
-from embax._stacking.plan import feature_leaves, sample_count, table_specs
-from embax._topology import num_sparsecores_per_device
-
-SUBLANES = 8
-"""Rows of tables on a SparseCore, columns, and entries of partitions are padded to multiples of this."""
+from embax._checks import INT32_MAX, INT64_MAX, positive_int
+from embax._specs import DEFAULT_ACTIVATION_MEM_BYTES_LIMIT, FeatureSpec, StackedTableSpec, TableSpec
+from embax._stacking.placement import Topology, commit, copied_features, features_of, padded_dim, place
+from embax._stacking.plan import sample_count, table_specs
 
 MAX_STACK_NAME = 50
 """Characters of a stack's name before it is shortened."""
@@ -55,109 +45,14 @@ def get_stacked_table_specs(feature_specs: Any) -> dict[str, StackedTableSpec]:
     return {stack.stack_name: stack for stack in stacks}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Topology:
-    """What tables are placed for."""
-
-    num_devices: int
-    sparsecores_per_device: int
-
-    @classmethod
-    def checked(cls, caller: str, global_device_count: int | None, num_sc_per_device: int | None) -> "_Topology":
-        """From the arguments of a public function; None means one device, and its own SparseCores."""
-        devices = 1 if global_device_count is None else global_device_count
-        sparsecores = num_sparsecores_per_device() if num_sc_per_device is None else num_sc_per_device
-        return cls(
-            positive_int(caller, "global_device_count", devices), positive_int(caller, "num_sc_per_device", sparsecores)
-        )
-
-    @property
-    def num_sparsecores(self) -> int:
-        return self.num_devices * self.sparsecores_per_device
-
-    def padded_rows(self, table: TableSpec) -> int:
-        """Rows of a table in a stack, all SparseCores together."""
-        return next_multiple(table.vocabulary_size, SUBLANES * self.num_sparsecores)
-
-
-def _padded_dim(table: TableSpec) -> int:
-    return next_multiple(table.embedding_dim, SUBLANES)
-
-
-def _place(
-    name: str,
-    tables: Sequence[TableSpec],
-    features: Sequence[FeatureSpec],
-    topology: _Topology,
-    rotation: int,
-    **limits: Any,
-) -> None:
-    """Makes one stack of `tables`, whose samples are those of `features` in the order given; fills the specs in place."""
-    first, num_sparsecores = tables[0], topology.num_sparsecores
-    rows = sum(map(topology.padded_rows, tables))
-    if rows > INT32_MAX:
-        raise ValueError(
-            f"Stack {name!r}: {sum(table.vocabulary_size for table in tables)} rows are {rows} when padded for "
-            f"{topology.num_devices} devices of {topology.sparsecores_per_device} SparseCores, above the limit of {INT32_MAX}; "
-            "split the table, or stack fewer tables."
-        )
-    stack = StackedTableSpec(
-        stack_name=name,
-        stack_vocab_size=rows,
-        stack_embedding_dim=max(map(_padded_dim, tables)),
-        optimizer=first.optimizer,
-        combiner=first.combiner,
-        total_sample_count=sum(map(sample_count, features)),
-        quantization_config=first.quantization_config,
-        num_devices=topology.num_devices,
-        num_sparsecores_per_device=topology.sparsecores_per_device,
-        **limits,
-    )
-    settings, row_offset = {}, 0
-    for number, table in enumerate(tables):
-        settings[table.name] = TableSettingInStack(
-            stack_name=name,
-            padded_vocab_size=topology.padded_rows(table),
-            padded_embedding_dim=stack.stack_embedding_dim,
-            row_offset_in_shard=row_offset // num_sparsecores,
-            shard_rotation=number * rotation % num_sparsecores,
-        )
-        row_offset += topology.padded_rows(table)
-    sample_offset = 0
-    for feature in features:
-        setting = settings[feature.table_spec.name]
-        feature.table_spec._setting_in_stack = setting
-        feature.table_spec._stacked_table_spec = stack
-        feature._id_transformation = FeatureIdTransformation(
-            row_offset=sample_offset,
-            col_offset=setting.row_offset_in_shard * num_sparsecores,
-            col_shift=setting.shard_rotation,
-        )
-        sample_offset += sample_count(feature)
-
-
-def _features_of(leaves: Iterable[FeatureSpec], tables: Iterable[TableSpec]) -> list[FeatureSpec]:
-    names = {table.name for table in tables}
-    return [leaf for leaf in leaves if leaf.table_spec.name in names]
-
-
-def _check_placed(
-    table: TableSpec, features: Iterable[FeatureSpec], global_device_count: int | None, num_sc_per_device: int | None
-) -> None:
-    """Raises a ValueError unless a stacked table was placed for the topology asked for, and its features with it."""
-    stack = table.stacked_table_spec
-    placed = (stack.num_devices, stack.num_sparsecores_per_device)
-    asked = (global_device_count or placed[0], num_sc_per_device or placed[1])
-    if asked != placed:
-        raise ValueError(
-            f"Table {table.name!r} was placed for (devices, SparseCores a device) {placed} and is now asked for on {asked}; "
-            "make new specs for another topology."
-        )
-    for feature in features:
+def _check_features_placed(table: TableSpec, leaves: Iterable[FeatureSpec]) -> None:
+    """Raises a ValueError unless all features of a stacked table have been placed with it."""
+    for feature in features_of(leaves, [table]):
         if feature._id_transformation is None:
             raise ValueError(
                 f"Feature {feature.name!r} has not been placed, but its table {table.name!r} is in stack "
-                f"{stack.stack_name!r} already; place all features of a table in one call, or give this one a new TableSpec."
+                f"{table.stacked_table_spec.stack_name!r} already; place all features of a table in one call, or give this one "
+                "a new TableSpec."
             )
 
 
@@ -168,22 +63,25 @@ def prepare_feature_specs_for_training(
 
     Args:
         feature_specs: any pytree of `FeatureSpec`; their tables and placements are filled in place.
-        global_device_count: devices that the tables are sharded over; None means 1.
-        num_sc_per_device: SparseCores of each; None means those of the first device (4 virtual ones off TPU).
+        global_device_count: devices that the tables are sharded over; None means those of the tables that are placed
+            already, or 1.
+        num_sc_per_device: SparseCores of each; None means those of the tables that are placed already, or of the first
+            device (4 virtual ones off TPU). All devices together have at most 65,536.
 
     Returns:
         `feature_specs` itself.
 
     Raises:
-        ValueError: names are not unique, a table is placed in part, or has more rows when padded than int32 can count.
+        ValueError: names are not unique, a field was set to what its spec does not allow, tables are placed for other counts,
+            a table is placed in part, or has more rows when padded than int32 can count. All specs are then as they were.
     """
-    topology = _Topology.checked("prepare_feature_specs_for_training", global_device_count, num_sc_per_device)
-    leaves = feature_leaves(feature_specs)
-    tables = table_specs(feature_specs)
+    leaves = copied_features(feature_specs)
+    tables = table_specs(leaves)
+    topology = Topology.checked("prepare_feature_specs_for_training", tables, global_device_count, num_sc_per_device)
     taken = {table.stacked_table_spec.stack_name: table for table in tables.values() if table.is_stacked()}
     for name, table in tables.items():
         if table.is_stacked():
-            _check_placed(table, _features_of(leaves, [table]), global_device_count, num_sc_per_device)
+            _check_features_placed(table, leaves)
             continue
         if name in taken:
             raise ValueError(
@@ -195,16 +93,17 @@ def prepare_feature_specs_for_training(
                 f"Table {name!r} is set to be in stack {table.setting_in_stack.stack_name!r}, but the stack itself is missing; "
                 "stack tables only by embax.stack_tables or embax.auto_stack_tables."
             )
-        _place(
+        place(
             name,
             [table],
-            sorted(_features_of(leaves, [table]), key=lambda feature: feature.name),
+            sorted(features_of(leaves, [table]), key=lambda feature: feature.name),
             topology,
             rotation=0,
             max_ids_per_partition=table.max_ids_per_partition,
             max_unique_ids_per_partition=table.max_unique_ids_per_partition,
             suggested_coo_buffer_size_per_device=table.suggested_coo_buffer_size_per_device,
         )
+    commit(feature_specs, leaves)
     return feature_specs
 
 
@@ -232,7 +131,7 @@ def _check_stackable(name: str, tables: Sequence[TableSpec], *, fail_on_excess_p
             raise ValueError(
                 f"Stack {name!r}: its tables have different {what}: {values}; stack only tables that share one."
             )
-    dims = {table.name: _padded_dim(table) for table in tables}
+    dims = {table.name: padded_dim(table) for table in tables}
     if len(set(dims.values())) > 1:
         message = (
             f"Stack {name!r}: its tables have different padded dimensions: {dims}; all are padded to {max(dims.values())} "
@@ -241,6 +140,69 @@ def _check_stackable(name: str, tables: Sequence[TableSpec], *, fail_on_excess_p
         if fail_on_excess_padding:
             raise ValueError(message)
         warnings.warn(message, stacklevel=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What a user asks of stacks beside their tables; `limit_functions` by the name of their argument."""
+
+    rotation: int | None
+    limit_functions: dict[str, Limit]
+    activation_mem_bytes_limit: int
+
+    @classmethod
+    def checked(
+        cls, caller: str, rotation: Any, max_ids: Any, max_unique_ids: Any, activation_bytes: Any
+    ) -> "_Options":
+        """From the arguments of a public function."""
+        if rotation is not None:
+            try:
+                number = operator.index(rotation)
+            except TypeError:
+                number = None
+            if isinstance(rotation, bool) or number is None or abs(number) > INT32_MAX:
+                raise ValueError(
+                    f"{caller}: rotation is {rotation!r}; it must be a number of SparseCores, an integer from {-INT32_MAX} to "
+                    f"{INT32_MAX}, or None for those of a device."
+                )
+            rotation = number
+        functions = {
+            "stack_to_max_ids_per_partition": max_ids,
+            "stack_to_max_unique_ids_per_partition": max_unique_ids,
+        }
+        for argument, function in functions.items():
+            if not callable(function):
+                raise ValueError(
+                    f"{caller}: {argument} is {function!r}; it must be a function from a stack's name and its samples to a "
+                    "limit, such as lambda name, samples: 256."
+                )
+        limit = positive_int(caller, "activation_mem_bytes_limit", activation_bytes, maximum=INT64_MAX)
+        return cls(rotation, functions, limit)
+
+
+def _stack(
+    name: str, tables: Sequence[TableSpec], leaves: Sequence[FeatureSpec], topology: Topology, options: _Options
+) -> None:
+    """Places `tables`, and their features among `leaves`, as one stack."""
+    members = features_of(leaves, tables)
+    if len(tables) == 1:
+        limits = [tables[0].max_ids_per_partition, tables[0].max_unique_ids_per_partition]
+    else:
+        samples = sum(map(sample_count, members))
+        limits = [
+            positive_int(f"Stack {name!r}", f"the limit that {argument} returns", function(name, samples))
+            for argument, function in options.limit_functions.items()
+        ]
+    place(
+        name,
+        tables,
+        members,
+        topology,
+        rotation=topology.sparsecores_per_device if options.rotation is None else options.rotation,
+        max_ids_per_partition=limits[0],
+        max_unique_ids_per_partition=limits[1],
+        activation_mem_bytes_limit=options.activation_mem_bytes_limit,
+    )
 
 
 def stack_tables(
@@ -261,8 +223,10 @@ def stack_tables(
     Args:
         features: pytree of `FeatureSpec`; the placements of these tables and their features are filled in place.
         table_names: tables to stack, in this order.
-        global_device_count: devices that the tables are sharded over; None means 1.
-        num_sc_per_device: SparseCores of each; None means those of the first device.
+        global_device_count: devices that the tables are sharded over; None means those of the tables that are placed
+            already, or 1.
+        num_sc_per_device: SparseCores of each; None means those of the tables that are placed already, or of the first
+            device. All devices together have at most 65,536.
         rotation: SparseCores by which each table is rotated against the one before, so that their first rows lie on
             different ones; None means `num_sc_per_device`.
         stack_to_max_ids_per_partition: from the stack's name and its samples in a global batch to the limit of ids in a
@@ -276,42 +240,41 @@ def stack_tables(
         `features` itself.
 
     Raises:
-        ValueError: a table is unknown, repeated or stacked already, the stack's name is taken, or the tables differ in
-            optimizer, combiner or quantization.
+        ValueError: a table is unknown, repeated or stacked already, the stack's name is taken, the tables differ in
+            optimizer, combiner or quantization, other tables are placed for other counts, or an argument or a limit that a
+            function returns is not what is described here. All specs are then as they were.
     """
-    topology = _Topology.checked("stack_tables", global_device_count, num_sc_per_device)
-    leaves, known = feature_leaves(features), table_specs(features)
-    missing = [name for name in table_names if name not in known]
-    if missing or not table_names:
+    leaves = copied_features(features)
+    known = table_specs(leaves)
+    topology = Topology.checked("stack_tables", known, global_device_count, num_sc_per_device)
+    options = _Options.checked(
+        "stack_tables",
+        rotation,
+        stack_to_max_ids_per_partition,
+        stack_to_max_unique_ids_per_partition,
+        activation_mem_bytes_limit,
+    )
+    if not isinstance(table_names, Sequence) or isinstance(table_names, str | bytes) or not table_names:
+        raise ValueError(
+            f"stack_tables: table_names is {table_names!r}; it must be a sequence of names of tables, some of {list(known)}."
+        )
+    missing = [name for name in table_names if not isinstance(name, str) or name not in known]
+    if missing:
         raise ValueError(f"stack_tables: there are no tables {missing}; name some of {list(known)}.")
+    if stack_name is not None and (not isinstance(stack_name, str) or not stack_name):
+        raise ValueError(
+            f"stack_tables: stack_name is {stack_name!r}; it must be a non-empty string, or None to join the names of the tables."
+        )
     tables = [known[name] for name in table_names]
     name = "_".join(table_names) if stack_name is None else stack_name
-    if rotation is not None and (not isinstance(rotation, int) or rotation < -INT32_MAX or rotation > INT32_MAX):
-        raise ValueError(f"Stack {name!r}: rotation is {rotation!r}; it must be a number of SparseCores, an int.")
     _check_stackable(name, tables, fail_on_excess_padding=fail_on_excess_padding)
     for other in known.values():
         if other.is_stacked() and other.stacked_table_spec.stack_name == name:
             raise ValueError(
                 f"The stack name {name!r} is already used by the stack of table {other.name!r}; choose another."
             )
-    members = _features_of(leaves, tables)
-    if len(tables) == 1:
-        limits = (tables[0].max_ids_per_partition, tables[0].max_unique_ids_per_partition)
-    else:
-        samples = sum(map(sample_count, members))
-        limits = (stack_to_max_ids_per_partition(name, samples), stack_to_max_unique_ids_per_partition(name, samples))
-    _place(
-        name,
-        tables,
-        members,
-        topology,
-        rotation=topology.sparsecores_per_device if rotation is None else rotation,
-        max_ids_per_partition=positive_int(f"Stack {name!r}", "max_ids_per_partition", limits[0]),
-        max_unique_ids_per_partition=positive_int(f"Stack {name!r}", "max_unique_ids_per_partition", limits[1]),
-        activation_mem_bytes_limit=positive_int(
-            f"Stack {name!r}", "activation_mem_bytes_limit", activation_mem_bytes_limit, maximum=INT64_MAX
-        ),
-    )
+    _stack(name, tables, leaves, topology, options)
+    commit(features, leaves)
     return features
 
 
@@ -353,8 +316,10 @@ def auto_stack_tables(
 
     Args:
         features: pytree of `FeatureSpec`; placements are filled in place.
-        global_device_count: devices that the tables are sharded over; None means 1.
-        num_sc_per_device: SparseCores of each; None means those of the first device.
+        global_device_count: devices that the tables are sharded over; None means those of the tables that are placed
+            already, or 1.
+        num_sc_per_device: SparseCores of each; None means those of the tables that are placed already, or of the first
+            device. All devices together have at most 65,536.
         rotation: see `stack_tables`.
         stack_to_max_ids_per_partition: see `stack_tables`.
         stack_to_max_unique_ids_per_partition: see `stack_tables`.
@@ -366,54 +331,50 @@ def auto_stack_tables(
         `features` itself.
 
     Raises:
-        ValueError: names are not unique, or a stack has more rows than int32 can count.
+        ValueError: names are not unique, a stack has more rows than int32 can count, tables are placed for other counts, or an
+            argument or a limit that a function returns is not what is described here. All specs are then as they were.
     """
-    topology = _Topology.checked("auto_stack_tables", global_device_count, num_sc_per_device)
-    limit = positive_int(
+    leaves = copied_features(features)
+    tables = table_specs(leaves)
+    topology = Topology.checked("auto_stack_tables", tables, global_device_count, num_sc_per_device)
+    options = _Options.checked(
         "auto_stack_tables",
-        "activation_mem_bytes_limit",
+        rotation,
+        stack_to_max_ids_per_partition,
+        stack_to_max_unique_ids_per_partition,
         DEFAULT_ACTIVATION_MEM_BYTES_LIMIT if activation_mem_bytes_limit is None else activation_mem_bytes_limit,
-        maximum=INT64_MAX,
     )
-    leaves = feature_leaves(features)
     groups: dict[Any, list[str]] = {}
     activation_bytes: dict[str, int] = {}
     taken: set[str] = set()
-    for name, table in table_specs(features).items():
+    for name, table in tables.items():
         if table.is_stacked():
-            _check_placed(table, _features_of(leaves, [table]), global_device_count, num_sc_per_device)
+            _check_features_placed(table, leaves)
             taken.add(table.stacked_table_spec.stack_name)
             continue
-        samples = sum(sample_count(feature) // topology.num_sparsecores for feature in _features_of(leaves, [table]))
-        activation_bytes[name] = _padded_dim(table) * 4 * samples
-        key = (_padded_dim(table), table.optimizer, table.combiner, table.quantization_config)
+        samples = sum(sample_count(feature) // topology.num_sparsecores for feature in features_of(leaves, [table]))
+        activation_bytes[name] = padded_dim(table) * 4 * samples
+        key = (padded_dim(table), table.optimizer, table.combiner, table.quantization_config)
         groups.setdefault(key, []).append(name)
     for group in groups.values():
-        for names in split_by_activation_memory(group, activation_bytes, limit):
+        for names in split_by_activation_memory(group, activation_bytes, options.activation_mem_bytes_limit):
             name = "_".join(names)
             name = short_stack_name(name) if use_short_stack_names else name
             while name in taken:
                 name += "_"
             taken.add(name)
-            stack_tables(
-                features,
-                names,
-                topology.num_devices,
-                topology.sparsecores_per_device,
-                rotation,
-                stack_to_max_ids_per_partition,
-                stack_to_max_unique_ids_per_partition,
-                name,
-                activation_mem_bytes_limit=limit,
-            )
+            _stack(name, [tables[table] for table in names], leaves, topology, options)
+    commit(features, leaves)
     return features
 
 
 def copy_feature_specs(feature_specs: Any) -> Any:
-    """A tree of equal features over equal tables that can be placed without touching the originals."""
-    tables = {name: copy.copy(table) for name, table in table_specs(feature_specs).items()}
+    """A tree of equal features over equal tables that can be placed without touching the originals.
 
-    def copy_feature(feature: FeatureSpec) -> FeatureSpec:
-        return dataclasses.replace(feature, table_spec=tables[feature.table_spec.name])
-
-    return jax.tree.map(copy_feature, feature_specs, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec))
+    Raises:
+        ValueError: as `prepare_feature_specs_for_training`, what it checks of single specs and their names.
+    """
+    copies = copied_features(feature_specs)
+    table_specs(copies)
+    structure = jax.tree.structure(feature_specs, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec))
+    return structure.unflatten(copies)

@@ -10,9 +10,10 @@ import numpy as np
 
 from embax._checks import next_multiple
 from embax._stacking.layout import join_tables, put_table, take_table
+from embax._stacking.placement import SUBLANES
 from embax._stacking.plan import Plan, StackPlan, TablePlan, make_plan, table_specs
 from embax._stacking.resharding import apply, common_sharding, compiled, for_shape
-from embax._stacking.stack import SUBLANES
+from embax._stacking.shard_table import refuse_masked
 
 
 def _check_names(what: str, given: Any, expected: Sequence[str]) -> None:
@@ -36,6 +37,7 @@ def _check_leaves(owner: str, tree: Any, shape: tuple[int, int]) -> list[Any]:
         where = f"{owner}{jax.tree_util.keystr(path)}"
         if not isinstance(leaf, (np.ndarray, jax.Array)):
             raise ValueError(f"{where} is a {type(leaf).__name__}; it must be a NumPy or JAX array.")
+        refuse_masked(where, leaf)
         if leaf.shape != shape:
             raise ValueError(f"{where} has shape {leaf.shape}; the specs say {shape}.")
         leaves.append(leaf)
@@ -46,12 +48,21 @@ def _filler(owner: str, pad_value: Any, dtype: np.dtype) -> np.ndarray:
     """`pad_value` as a scalar array of `dtype`."""
     if not isinstance(pad_value, numbers.Real):
         raise ValueError(f"pad_value is {pad_value!r}; it must be a number.")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        info = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else None
-        if info is None or not (float(pad_value).is_integer() and info.min <= float(pad_value) <= info.max):
-            raise ValueError(f"{owner}: pad_value {pad_value} is no {dtype}; pass pad_value=0.")
-    with np.errstate(over="ignore"):
-        return np.asarray(pad_value, dtype)
+    value: Any = pad_value
+    try:
+        number = float(value)
+    except OverflowError:  # Python refuses to print some of these.
+        raise ValueError(
+            f"{owner}: pad_value is a number of type {type(value).__name__} beyond the range of float64, and no {dtype}; "
+            "pass pad_value=0."
+        ) from None
+    if jnp.issubdtype(dtype, jnp.floating):
+        with np.errstate(over="ignore"):
+            return np.asarray(number, dtype)
+    info = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else None
+    if info is None or not (number.is_integer() and info.min <= int(value) <= info.max):
+        raise ValueError(f"{owner}: pad_value {pad_value} is no {dtype}; pass pad_value=0.")
+    return np.asarray(int(value), dtype)
 
 
 def _stack_leaf(
@@ -88,8 +99,8 @@ def stack_and_shard_tables(tables: Mapping[str, Any], *, specs: Any, pad_value: 
         tables are NumPy, else JAX, sharded as the tables are where they all have one `NamedSharding` and it suits.
 
     Raises:
-        ValueError: a table is missing or unknown, has another shape, or differs from the others of its stack in structure or
-            dtype; or `pad_value` is no number of the dtype.
+        ValueError: a table is missing or unknown, has another shape, is a masked array, or differs from the others of its
+            stack in structure or dtype; or `pad_value` is no number of the dtype.
 
     Example:
         >>> stacks = embax.stack_and_shard_tables({"movie": trained}, specs=features)  # doctest: +SKIP
@@ -135,7 +146,7 @@ def unshard_and_unstack_tables(stacked: Mapping[str, Any], *, specs: Any) -> dic
         table whose rows it does not divide is sharded as XLA chooses.
 
     Raises:
-        ValueError: a stack is missing or unknown, or has another shape.
+        ValueError: a stack is missing or unknown, has another shape, or is a masked array.
     """
     plan = make_plan(specs)
     _check_names("stack", stacked, [stack.name for stack in plan.stacks])
