@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import oracle
 import pytest
@@ -351,7 +352,7 @@ def test_damaged_files(client_class, tmp_path):
         (b"key,values\r\nt_max_ids,5.5\r\n", "the line 't_max_ids,5.5' is not"),
         (b"key,values\r\nt_max_ids,\r\n", "the line 't_max_ids,' is not"),
         (b"key,values\r\n\r\n", "the line '' is not"),
-        (b"key,values\r\nt_max_ids,5 3\r\nt_max_ids,5\r\n", "inhomogeneous"),
+        (b"key,values\r\nt_max_ids,5 3\r\nt_max_ids,5\r\n", "the lines of 't_max_ids' differ in the number of counts"),
         (b"key,values\r\nt_max_ids,99999999999999999999\r\n", "OverflowError"),
         (b'key,values\r\n"t_max_ids,5\r\n', "Error: unexpected end of data"),
         (b"key,values\r\n\xff,5\r\n", "UnicodeDecodeError"),
@@ -378,7 +379,7 @@ def write(client_class, directory, process=0, **arrays):
 def test_arrays_that_are_no_counts(value, tmp_path):
     path = write(NPZFileFDOClient, tmp_path, t_max_ids=value)
     with pytest.raises(
-        ValueError, match=re.escape(f"'{path}': t_max_ids is ") + ".* integers of at least 0, in an array"
+        ValueError, match=re.escape(f"'{path}': t_max_ids is ") + ".* integers of at least 0 and below .*, in an array"
     ):
         NPZFileFDOClient(tmp_path).load()
 
@@ -386,8 +387,18 @@ def test_arrays_that_are_no_counts(value, tmp_path):
 def test_objects_are_not_unpickled(tmp_path):
     with open(tmp_path / "fdo_stats_0_1.npz", "wb") as file:
         np.savez(file, t_max_ids=np.array([Path("x")], object))
-    with pytest.raises(ValueError, match="is not a complete file .*Object arrays cannot be loaded"):
+    with pytest.raises(ValueError, match="is not a complete file .*'t_max_ids' is no whole array of numbers") as error:
         NPZFileFDOClient(tmp_path).load()
+    assert "allow_pickle" not in str(error.value) + str(error.value.__cause__)
+    assert error.value.__cause__.__suppress_context__
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x93NUMPY", b"\x80\x04]."])
+def test_what_is_no_archive_is_not_to_be_unpickled(content, tmp_path):
+    (tmp_path / "fdo_stats_0_1.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="is not a complete file .*it is no zip archive.; remove it") as error:
+        NPZFileFDOClient(tmp_path).load()
+    assert "allow_pickle" not in str(error.value) + str(error.value.__cause__)
 
 
 @both
@@ -432,6 +443,26 @@ def test_bad_records(client_class, tmp_path):
             ValueError, match="max_unique_ids_per_partition of stack 't' is .*; it must be integers of at least 0"
         ):
             client.record(SparseDenseMatmulInputStats({"t": [1]}, {"t": value}))
+    for value, text in (
+        (
+            [[1], [2, 3]],
+            "its counts are not an array of numbers but a list whose parts differ in length.*They must be integ",
+        ),
+        (
+            np.ma.masked_array([1, 2]),
+            "its counts are a masked array, whose mask would be lost. Pass counts without a mask",
+        ),
+        ([1, np.ma.masked], "its counts are a masked array"),
+        ([2**70], "is .*; it must be integers of at least 0 and below"),
+    ):
+        with pytest.raises(ValueError, match=f"^max_ids_per_partition of stack 't'.*{text}"):
+            client.record(SparseDenseMatmulInputStats({"t": value}))
+    with pytest.raises(
+        ValueError, match="max_ids_per_partition of the stats is a list; it must map names of stacks to"
+    ):
+        client.record(SparseDenseMatmulInputStats([1]))
+    with pytest.raises(ValueError, match="of stack 't': its counts are traced by JAX"):
+        jax.jit(lambda a: client.record(SparseDenseMatmulInputStats({"t": [a]})))(1)
     with pytest.raises(ValueError, match="nothing to publish"):
         client.publish()
     for process in (-1, "0", True):

@@ -141,6 +141,21 @@ def test_reading_rows():
         embax.read_rows(variables, "x", [1], specs=specs)
     with pytest.raises(ValueError, match="Table 'table': ids are float64; they must be integers"):
         embax.read_rows(variables, "table", [1.0], specs=specs)
+    for bad, text in (
+        (
+            [[1], [2, 3]],
+            "its ids are not an array of numbers but a list whose parts differ in length.* Make lists of one",
+        ),
+        ([1, np.ma.masked], "its ids are a masked array, whose mask would be lost"),
+        ([1, 2**70], rf"id {2**70} at position \(1,\) is outside the vocabulary, 0 to 49"),
+        ([2**63, 1], rf"id {2**63} at position \(0,\) is outside the vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=f"^Table 'table': {text}"):
+            embax.read_rows(variables, "table", bad, specs=specs)
+    with pytest.raises(ValueError, match="Table 'table': ids are a list of values traced by JAX; make one array of it"):
+        jax.jit(lambda id_: embax.read_rows(variables, "table", [id_], specs=specs))(1)
+    with pytest.raises(ValueError, match=r"There is no table \['table'\]"):
+        embax.read_rows(variables, ["table"], [1], specs=specs)
 
 
 def test_mismatches_are_named():

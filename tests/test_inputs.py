@@ -140,10 +140,20 @@ def test_sparse_ids_without_entries(batch):
     for empty in (
         SparseCoo(np.zeros((0, 2)), [], (batch, 0)),
         SparseCoo(np.zeros((0, 2), int), np.zeros(0, int), (batch, 3)),
+        SparseCoo([], [], (batch, 3)),
     ):
         packed = embax.preprocess({"f": empty}, {"f": empty}, specs=specs_of())
         assert not packed.row_pointers.any()
         assert packed.layout.stacks[0].batch_sizes == (batch,)
+
+
+@pytest.mark.parametrize("dense_shape", [(np.uint64(5), 1), (5, np.uint64(1)), [np.int32(5), 2**63], (jnp.int32(5), 1)])
+def test_dense_shapes_of_any_integers(dense_shape):
+    packer = Packer(specs_of())
+    packed = packer(
+        {"f": SparseCoo([[2, 0]], [4], dense_shape)}, {"f": SparseCoo([[2, 0]], [2.0], (5, dense_shape[1]))}
+    )
+    assert_same_as_reference(packer, packed, [[[], [], [4], [], []]], [[[], [], [2.0], [], []]])
 
 
 def test_sparse_batches_divide_by_the_devices():
@@ -227,10 +237,32 @@ def changed(**changes):
         (changed(dense_shape=(3, 5.0)), ["is (3, 5.0);"]),
         (changed(dense_shape=(3, None)), ["is (3, None);"]),
         (changed(dense_shape=(3, [1])), ["is (3, [1]);"]),
+        (changed(dense_shape={3, 5}), ["is {3, 5};"]),
+        (changed(dense_shape=(True, 5)), ["is (True, 5);"]),
+        (changed(dense_shape=np.array([3, 5.0])), ["is array([3., 5.]);"]),
+        (
+            changed(dense_shape=(3, np.ma.masked)),
+            ["its dense_shape are a masked array", "Pass dense_shape without a mask."],
+        ),
+        (
+            changed(indices=[[0, 0], [0], [2, 1]]),
+            ["its indices are not an array of numbers but a list whose parts", "[n, 2]"],
+        ),
+        (changed(indices=[[0, 0], [0, 2**70], [2, 1]]), [f"entry 1: position {2**70} in its indices is outside"]),
+        (changed(indices=2**70), ["indices of shape () and values of shape (3,)"]),
+        (changed(indices=[]), ["indices of shape (0, 2) and values of shape (3,)"]),
+        (
+            changed(values=[[1], [2], [3, 4]]),
+            ["its ids are not an array of numbers but a list whose parts", "one an entry"],
+        ),
+        (changed(values=[1, 2, np.ma.masked]), ["its ids are a masked array"]),
         (changed(dense_shape=(-1, 5)), ["is (-1, 5);", "two integers from 0"]),
         (changed(dense_shape=(2**31, 5)), [f"is ({2**31}, 5);", f"the batch up to {2**31 - 1}"]),
         (changed(values=np.ma.masked_array([1, 2, 3])), ["its ids are a masked array", "ids.filled(-1)"]),
-        (changed(indices=np.ma.masked_array(GOOD.indices)), ["its indices are a masked array"]),
+        (
+            changed(indices=np.ma.masked_array(GOOD.indices)),
+            ["its indices are a masked array, whose mask would be lost. Pass indices without a mask."],
+        ),
         (Ragged(np.ma.masked_array([1, 2, 3]), [0, 3]), ["its ids are a masked array"]),
     ],
 )
@@ -275,6 +307,14 @@ def test_unsigned_sparse_ids_never_wrap():
         ),
         (changed(indices=GOOD.indices[:2]), ["its weights have indices of shape (2, 2), its ids of shape (3, 2)"]),
         (changed(values=np.ones(2)), ["there are 2 weights for 3 ids; each id needs one"]),
+        (
+            changed(values=np.ones((3, 1))),
+            ["the SparseCoo of its weights has values of shape (3, 1); they must be [n]"],
+        ),
+        (changed(values=[[1.0], 2.0, 3.0]), ["its weights are not an array of numbers but a list", "one an entry"]),
+        (changed(indices=[[0, 0], [0], [2, 1]]), ["weights: its indices are not an array of numbers but a list"]),
+        (changed(indices=2**70), ["its weights have indices of shape (), its ids of shape (3, 2)"]),
+        (changed(indices=np.full((3, 2), "a")), ["weights: its indices are", "must be integers"]),
         (changed(dense_shape=(3, 6)), ["the dense_shape of its weights is (3, 6), of its ids (3, 5)"]),
         (
             changed(values=np.array([1.0, np.nan, 1])),

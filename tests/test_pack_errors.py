@@ -1,15 +1,20 @@
 """Everything that packing refuses, and that its messages say what, where, the value, the limit and the remedy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_pack import make_feature, make_table, place
+from test_pack import assert_same_as_reference, make_feature, make_table, place
 
 from embax import _native
+from embax._preprocess.coo import SparseCoo
+from embax._preprocess.faults import TOO_MANY_IDS, Fault, fault_error
 from embax._preprocess.inputs import Ragged
 from embax._preprocess.pack import preprocess
 from embax._preprocess.packer import Packer
+from embax._stacking.plan import make_plan
 
 
 @pytest.fixture
@@ -142,6 +147,15 @@ def test_row_splits(splits, text, sparsecores):
     )
 
 
+class Unreadable:
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("the reason is not ours")
+
+
+THREE = Ragged([1, 2, 3], [0, 2, 3])
+JOIN = ["join them with np.concatenate, or pass the list of samples without a Ragged"]
+
+
 @pytest.mark.parametrize(
     ("leaf", "texts"),
     [
@@ -161,9 +175,22 @@ def test_row_splits(splits, text, sparsecores):
         ([[1], [[2]]], ["sample 1: its ids have 2 dimensions", "must be a 1-d array or a list"]),
         ([np.array([[1]])], ["sample 0: its ids have 2 dimensions"]),
         ([[1], [[2], [3, 4]]], ["sample 1: its ids are not an array of numbers"]),
-        ([1, 2], ["sample 0: its ids have 0 dimensions"]),
-        ([[1], [2**70]], ["sample 1: its ids are", "dtype object"]),
-        ([[1], None], ["sample 1: its ids have 0 dimensions"]),
+        (
+            [1, 2],
+            ["sample 0: its ids are a int; in a list of samples each one must be a 1-d array or a list, and a samp"],
+        ),
+        ([None] * 8, ["sample 0: its ids are a NoneType; in a list of samples", "a sample without ids is []"]),
+        (["ab"] * 8, ["sample 0: its ids are a str; in a list of samples"]),
+        ([[1], {1, 2}], ["sample 1: its ids are a set; in a list of samples"]),
+        (
+            [["ab"]],
+            ["sample 0: its ids are", "Map each string to an integer of its own first, the same in every batch"],
+        ),
+        (
+            [[1], [2, None]],
+            ["sample 1: its ids are", "dtype object; they must be integers. One of them is a NoneType."],
+        ),
+        ([[1], [2**70, 0.5]], ["sample 1: its ids are", "One of them is a float."]),
         (None, ["its ids are a NoneType", "Allowed are an integer array [batch, valency]"]),
         ("abc", ["its ids are a str"]),
         ({"a": 1}, ["its ids are a dict"]),
@@ -172,6 +199,27 @@ def test_row_splits(splits, text, sparsecores):
         (Ragged([1], 1), ["row_splits of shape ()"]),
         (Ragged([1.5], [0, 1]), ["dtype float64", "must be integers"]),
         (Ragged([1], [0.0, 1.0]), ["its row_splits are", "must be integers"]),
+        (Ragged([1, 2], [0, None]), ["its row_splits are", "One of them is a NoneType."]),
+        (Ragged([[1, 2], [3]], [0, 2, 3]), ["its ids are not an array of numbers but a list whose parts", *JOIN]),
+        (
+            Ragged([1, 2, 3], [[0], 2, 3]),
+            ["its row_splits are not an array of numbers but a list", "one list of integ"],
+        ),
+        (Ragged([1, np.ma.masked], [0, 2]), ["its ids are a masked array", "Leave masked ids out"]),
+        (
+            Ragged([1], np.ma.masked_array([0, 1])),
+            ["its row_splits are a masked array", "Pass row_splits without a mask."],
+        ),
+        (
+            [np.ma.masked_array([1, 2])],
+            ["sample 0: its ids are a masked array, whose mask would be lost. Leave masked"],
+        ),
+        ([[1, np.ma.masked]], ["sample 0: its ids are a masked array"]),
+        (Unreadable(), ["its ids are a Unreadable. Allowed"]),
+        (jax.random.key(0), ["its ids are a JAX array of shape () and dtype key<fry>; they must be numbers."]),
+        ([[1], [jax.random.key(0)]], ["sample 1: its ids are not an array of numbers but a list"]),
+        ([[1], Unreadable()], ["sample 1: its ids are not an array of numbers but a Unreadable. Allowed"]),
+        (np.array([[1.0]]), ["if they are whole numbers, and before embax.flatten_sequences."]),
     ],
 )
 def test_ids_of_other_forms(leaf, texts, specs):
@@ -179,6 +227,66 @@ def test_ids_of_other_forms(leaf, texts, specs):
     assert text.startswith("Feature 'watched'")
     for part in texts:
         assert part in text
+    assert text.count("Feature 'watched'") == 1
+    assert not any(word in text for word in ("inhomogeneous", "filled(0)", "not ours"))
+
+
+@pytest.mark.parametrize("bad", [2**70, -(2**70), 2**63, 10**400])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda bad: [[1], [2, bad]],
+        lambda bad: [[1], [np.uint64(2), bad]],
+        lambda bad: [[1], np.array([2, bad], object)],
+        lambda bad: Ragged([1, 2, bad], [0, 1, 3]),
+        lambda bad: SparseCoo([[1, 1], [0, 0], [0, 1]], [bad, 1, 2], (2, 2)),
+        lambda bad: np.array([[1, 2], [3, bad]], object),
+    ],
+)
+def test_ids_beyond_int64(form, bad, specs):
+    text = watched(form(bad), specs=specs)
+    assert text.startswith("Feature 'watched', sample 1, position ")
+    assert f"id {bad} is outside the vocabulary of table 'movie', which has 100 rows (ids 0 to 99)." in text
+    packer = Packer(specs, validation="drop")
+    assert packer({"watched": form(bad), "liked": [[1], [2]]}).stats.invalid_ids["watched"] == 1
+
+
+def test_integers_that_numpy_makes_floats_stay_exact(specs):
+    packer = Packer(specs)
+    for ids in ([[np.uint64(3), 4], []], Ragged([np.uint64(3), 4], [np.uint64(0), 2, 2])):
+        packed = packer({"watched": ids, "liked": [[], []]})
+        assert_same_as_reference(packer, packed, [[[], []], [[3, 4], []]], [None, None])
+    assert "sample 0, position 1: id -1 is outside" in watched(Ragged([1, -1, 2**63], [0, 2, 3]), specs=specs)
+
+
+def test_traced_ids_in_lists(specs):
+    for form in (
+        lambda a: Ragged([a, 1], [0, 2]),
+        lambda a: Ragged([1, 1], [0, a]),
+        lambda a: SparseCoo([[a, 0]], [1], (1, 1)),
+        lambda a: SparseCoo([[0, 0]], [a], (1, 1)),
+        lambda a: SparseCoo([[0, 0]], [1], (a, 1)),
+        lambda a: [[a]],
+        lambda a: [[1], [1, (a,)]],
+    ):
+        with pytest.raises(ValueError, match=r"Feature 'watched'.*: its \w+ are traced by JAX.*call it outside jit"):
+            jax.jit(lambda a, form=form: preprocess({"watched": form(a), "liked": [[]]}, specs=specs).gains)(1)
+
+
+def test_more_sparsecores_than_row_pointers_count():
+    plan = make_plan(place({"watched": make_feature("watched", make_table())}, 1, 2))
+    for num_sparsecores, ids, texts in (
+        (
+            10**7,
+            3,
+            ["gets 3 ids of its stack; with 10000000 SparseCores in all", "at most 0. Place the tables on fewer"],
+        ),
+        (4, 2**31, [f"count at most {2**31 - 1 - 2048}. Split the batch, or use more SparseCores."]),
+    ):
+        large = dataclasses.replace(plan, num_sparsecores_per_device=num_sparsecores)
+        text = str(fault_error(large, [], Fault(TOO_MANY_IDS, 0, 0, 0, ids, 0.0)))
+        assert text.startswith("Feature 'watched': one SparseCore")
+        assert all(part in text for part in texts)
 
 
 @pytest.mark.parametrize(
@@ -186,17 +294,68 @@ def test_ids_of_other_forms(leaf, texts, specs):
     [
         (np.ones((2, 3), int), np.ones((2, 2)), ["weights are a NumPy array of shape (2, 2)", "ids have shape (2, 3)"]),
         (np.ones((2, 3), int), np.ones(6), ["weights are a NumPy array of shape (6,)", "ids have shape (2, 3)"]),
-        (np.ones((2, 3), int), [[1.0] * 3] * 2, ["weights are a list", "array of the same shape"]),
+        (
+            np.ones((2, 3), int),
+            [[1.0] * 3] * 2,
+            ["weights are a list", "array of the same shape", "Convert the list with np.asarray(weights, np.float32)"],
+        ),
         (np.ones((2, 3), int), np.ones((2, 3), bool), ["dtype bool", "must be real numbers"]),
         (np.ones((2, 3), int), np.ones((2, 3), complex), ["dtype complex128", "must be real numbers"]),
         ([[1, 2], [3]], [[1.0, 2.0], [3.0, 4.0]], ["sample 1: there are 1 ids but 2 weights"]),
         ([[1, 2], [3]], [[1.0, 2.0]], ["weights have 1 samples, its ids have 2"]),
         ([[1, 2], [3]], np.ones((2, 2)), ["sample 1: there are 1 ids but 2 weights"]),
         ([[1, 2], [3]], 1.0, ["weights are a float", "ragged in the same way"]),
+        ([[1, 2], [3]], np.array(1.0), ["weights are a NumPy array of shape ()", "ragged in the same way"]),
+        ([[1, 2], [3]], [None, [1.0]], ["sample 0: its weights are a NoneType;", "None in place of the list"]),
+        (
+            [[1, 2], [3]],
+            [[1.0, 10**400], [1.0]],
+            ["sample 0: its weights are", "dtype object", "np.asarray(weights, np.fl"],
+        ),
+        (
+            [[1, 2], [3]],
+            [[1.0, np.ma.masked], [1.0]],
+            ["sample 0: its weights are a masked array", "weights.filled(0)"],
+        ),
         ([[1, 2], [3]], [["a", "b"], ["c"]], ["sample 0: its weights are", "must be real numbers"]),
         (Ragged([1, 2], [0, 2]), np.ones(3), ["there are 3 weights for 2 ids"]),
         (Ragged([1, 2], [0, 2]), Ragged(np.ones(3), [0, 2]), ["there are 3 weights for 2 ids"]),
         (Ragged([1, 2], [0, 1, 2]), Ragged(np.ones(2), [0, 2, 2]), ["sample 0: there are 1 ids but 2 weights"]),
+        *(
+            (THREE, Ragged([1.0, 2.0, 3.0], splits), [text])
+            for splits, text in (
+                (
+                    [1, 3, 4],
+                    "the row_splits of its weights start at 1; they must start at 0. They must equal the row_splits of the ids.",
+                ),
+                ([-1, 1, 2], "the row_splits of its weights start at -1;"),
+                ([0, 4, 3], "sample 1: the row_splits of its weights decrease from 4 to 3; they must never decrease."),
+                (np.array([0, 2, 1], np.uint64), "sample 1: the row_splits of its weights decrease from 2 to 1"),
+                (
+                    [0, 2, 4],
+                    "the row_splits of its weights end at 4, but there are 3 weights; they must end at their number.",
+                ),
+                ([0, 2], "the row_splits of its weights end at 2, but there are 3 weights"),
+                ([0, 3], "its weights have 1 samples, its ids have 2."),
+                ([0, 1, 3], "sample 0: there are 2 ids but 1 weights."),
+                (
+                    [],
+                    "the Ragged of its weights has values of shape (3,) and row_splits of shape (0,); they must be 1-d",
+                ),
+                (
+                    [[0, 2, 3]],
+                    "values of shape (3,) and row_splits of shape (1, 3); they must be 1-d, and row_splits one",
+                ),
+                (
+                    [0.0, 2.0, 3.0],
+                    "weights: its row_splits are a NumPy array of shape (3,) and dtype float64; they must be",
+                ),
+                ([0, [2], 3], "weights: its row_splits are not an array of numbers but a list"),
+                (np.ma.masked_array([0, 2, 3]), "weights: its row_splits are a masked array"),
+            )
+        ),
+        (THREE, Ragged([[1.0], [2.0], [3.0]], [0, 2, 3]), ["the Ragged of its weights has values of shape (3, 1)"]),
+        (THREE, Ragged([[1.0, 2.0], [3.0]], [0, 2, 3]), ["its weights are not an array of numbers but a list", *JOIN]),
     ],
 )
 def test_weights_of_other_forms(ids, weights, texts, specs):

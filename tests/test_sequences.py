@@ -154,6 +154,33 @@ def test_lists_of_any_form(sequences):
     assert flat.dtype.kind == "i"
 
 
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        [np.array([3], np.uint64), np.array([4, 5], np.int64)],
+        [np.array([3], np.uint64), np.array([4, 5], np.int8)],
+        [np.array([3], np.uint32), [np.array([4], np.uint64), jnp.array([5])]],
+        [[np.uint64(3)], [np.uint64(4), 5]],
+        [np.array([[3]], np.uint8), np.array([4, 5], np.uint64)],
+    ],
+)
+def test_integers_stay_integers_and_are_padded_with_no_id(sequences):
+    flat = flatten_sequences(sequences, 2)
+    assert flat.dtype.kind == "i"
+    np.testing.assert_array_equal(flat, [[3], [-1], [4], [5]])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.uint64])
+def test_unsigned_arrays_are_padded_with_no_id(dtype):
+    flat = flatten_sequences(np.array([[3], [4]], dtype), 2)
+    np.testing.assert_array_equal(flat, np.array([[3], [-1], [4], [-1]]), strict=True)
+
+
+def test_weights_of_several_dtypes():
+    flat = flatten_sequences([np.array([1, 2]), np.array([0.5], jnp.bfloat16), np.array([3], np.float16)], 2)
+    np.testing.assert_array_equal(flat, np.array([[1], [2], [0.5], [0], [3], [0]], np.float32), strict=True)
+
+
 def test_lists_of_nothing():
     assert flatten_sequences([], 3).shape == (0, 1)
     np.testing.assert_array_equal(flatten_sequences([[], []], 1), [[-1], [-1]])
@@ -179,6 +206,11 @@ def test_lists_equal_a_loop(sequences, length, as_weights):
     np.testing.assert_array_equal(flat.reshape(expected.shape), expected)
     if has_values:
         assert flat.dtype.kind == ("f" if as_weights else "i")
+
+
+class Unreadable:
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("the reason is not ours")
 
 
 @pytest.mark.parametrize(
@@ -214,12 +246,33 @@ def test_lists_equal_a_loop(sequences, length, as_weights):
         ([[[1], [2, "a"]]], 3, "sequence 0, item 1 is a list; ids must be integers"),
         ([[[1], [[2]]]], 3, "sequence 0 is no list of items, each an id or a 1-d array or list of ids"),
         ([np.zeros((1, 1, 1), int)], 3, "sequence 0 is no list of items"),
-        (np.zeros((2, 2), np.uint32), 3, "an array of dtype uint32 is to be padded; only signed integers"),
-        (jnp.zeros((2, 2), np.uint32), 3, "dtype uint32 is to be padded"),
-        ([np.zeros(1, np.uint64)], 3, "dtype uint64 is to be padded"),
+        (
+            jnp.zeros((2, 2), np.uint32),
+            3,
+            "dtype uint32 is to be padded; only signed integers (ids, by -1) and floats (weights, by 0) can be. Convert it with "
+            "ids.astype(jnp.int32) if all ids are below 2**31",
+        ),
+        (np.zeros((2, 2), bool), 3, "dtype bool is to be padded; only signed"),
+        (
+            np.array([[2**64 - 1]], np.uint64),
+            3,
+            f"flatten_sequences: id {2**64 - 1} is beyond int64, and so outside every",
+        ),
+        ([[1], np.array([1, 2**63], np.uint64)], 3, f"flatten_sequences: sequence 1: id {2**63} is beyond int64"),
+        (
+            [[2**63, 1], [1]],
+            3,
+            f"sequence 0: id {2**63} is beyond int64, and so outside every vocabulary. Remove it, or map",
+        ),
+        ([[[1], [2**63, -1]]], 3, f"sequence 0, item 1: id {2**63} is beyond int64"),
+        ([[1], [-(2**70)]], 3, f"sequence 1: id {-(2**70)} is beyond int64"),
+        ([[1], Unreadable()], 3, "flatten_sequences: sequence 1 is no list of items, each an id or"),
+        ([[1, Unreadable()]], 3, "flatten_sequences: sequence 0 is no list of items, each an id or"),
+        (np.array(None), 3, "the values are a NumPy array of shape () and dtype object"),
         (np.ma.masked_array(np.zeros((2, 2), int)), 3, "are a masked array, whose mask would be lost"),
         ([[np.ma.masked_array(np.zeros(2, int))]], 3, "sequence 0, item 0: its items are a masked array"),
-        ([[1, 2**70]], 3, "sequence 0, item 1 is a int; ids must be integers"),
+        ([np.ma.masked_array(np.zeros(2, int))], 3, "or make them padding: filled(-1) for ids, filled(0) for weights."),
+        ([[1, 2**70]], 3, f"sequence 0: id {2**70} is beyond int64"),
         ([np.ma.masked_array(np.zeros(2, int))], 3, "sequence 0: its items are a masked array"),
     ],
 )

@@ -12,6 +12,7 @@ from embax._ops.geometry import make_geometry
 from embax._ops.lookup import lookup_stacks
 from embax._ops.unstack import stack_gradients, unstack_activations
 from embax._ops.update import update_stacks
+from embax._preprocess.arrays import beyond_int64, find, to_numpy
 from embax._preprocess.buffers import PreprocessedInput
 from embax._specs import FeatureSpec
 from embax._stacking.layout import physical_rows
@@ -216,7 +217,7 @@ def read_rows(variables: Mapping[str, EmbeddingVariables], table: str, ids: Any,
     """
     plan = make_plan(specs)
     places = {planned.name: (stack, planned) for stack in plan.stacks for planned in stack.tables}
-    if table not in places:
+    if not isinstance(table, str) or table not in places:
         raise ValueError(f"There is no table {table!r}; the tables are {sorted(places)}.")
     check_variables(variables, plan)
     stack, planned = places[table]
@@ -228,14 +229,20 @@ def read_rows(variables: Mapping[str, EmbeddingVariables], table: str, ids: Any,
 
 def _valid_ids(ids: Any, table: str, vocabulary_size: int) -> jax.Array:
     """Ids as int32; -1 for one outside the vocabulary inside jit, where none can be refused."""
-    array = ids if isinstance(ids, Tracer) else np.asarray(ids)
+    owner, traced = f"Table {table!r}", isinstance(ids, Tracer)
+    if not traced and find(ids, Tracer) is not None:
+        raise ValueError(f"{owner}: ids are a list of values traced by JAX; make one array of it with jnp.stack.")
+    array = ids if traced else to_numpy(owner, ids, "ids", "Make lists of one length, or read one after another.")
     if array.size == 0:
         return jnp.zeros(array.shape, jnp.int32)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"Table {table!r}: ids are {array.dtype}; they must be integers.")
-    limit = min(vocabulary_size - 1, jnp.iinfo(array.dtype).max)
-    bad = (array < 0) | (array > array.dtype.type(limit))
-    if not isinstance(ids, Tracer) and bad.any():
+    if beyond_int64(array):
+        bad = (array < 0) | (array >= vocabulary_size)  # Some are, so that this ends in the error below.
+    elif jnp.issubdtype(array.dtype, jnp.integer):
+        limit = min(vocabulary_size - 1, jnp.iinfo(array.dtype).max)
+        bad = (array < 0) | (array > array.dtype.type(limit))
+    else:
+        raise ValueError(f"{owner}: ids are {array.dtype}; they must be integers.")
+    if not traced and bad.any():
         place = tuple(map(int, np.argwhere(bad)[0]))
         raise ValueError(
             f"Table {table!r}: id {array[place]} at position {place} is outside the vocabulary, 0 to {vocabulary_size - 1}. Ask "

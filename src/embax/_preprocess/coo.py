@@ -1,13 +1,14 @@
 """Ids and weights in sparse coordinates."""
 
 import dataclasses
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from embax._checks import INT32_MAX
-from embax._preprocess.arrays import describe, floats, host, integers, too_wide
+from embax._preprocess.arrays import describe, floats, host, integers, to_numpy, too_wide
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +33,9 @@ class SparseCoo:
     dense_shape: Any
 
 
+_FLAT = "Values of a SparseCoo are a flat list or 1-d array, one an entry."
+
+
 class CooEntries(NamedTuple):
     """Where the ids of a `SparseCoo` are."""
 
@@ -48,16 +52,27 @@ class CooEntries(NamedTuple):
 
 def _dense_shape(owner: str, given: Any) -> tuple[int, int]:
     given = host(owner, given, "dense_shape")
-    try:
-        shape = np.asarray(given)
-    except ValueError:  # Lists of several lengths.
-        shape = np.zeros(0)
-    if shape.shape != (2,) or shape.dtype.kind not in "iu" or min(shape) < 0 or shape[0] > INT32_MAX:
+    elements = list(given) if isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim) else []
+    elements = [host(owner, element, "dense_shape") for element in elements]
+    try:  # Each by itself: NumPy makes floats of np.uint64 beside int.
+        shape = [-1 if isinstance(element, (bool, np.bool)) else operator.index(element) for element in elements]
+    except TypeError:
+        shape = []
+    if len(shape) != 2 or min(shape) < 0 or shape[0] > INT32_MAX:
         raise ValueError(
             f"{owner}: the dense_shape of its SparseCoo is {given!r}; it must be (batch, width), two integers from 0, the batch "
             f"up to {INT32_MAX}."
         )
-    return int(shape[0]), int(shape[1])
+    return shape[0], shape[1]
+
+
+def _indices(owner: str, leaf: SparseCoo) -> np.ndarray:
+    remedy = "They must be a (sample, position) of each entry, integer[n, 2]."
+    indices = to_numpy(owner, leaf.indices, "indices", remedy)
+    if indices.size == 0:  # Empty lists have neither two columns nor integers.
+        indices = indices.astype(np.int32)
+        return indices.reshape(0, 2) if indices.shape == (0,) else indices
+    return indices
 
 
 def _check_coordinates(owner: str, indices: np.ndarray, dense_shape: tuple[int, int]) -> None:
@@ -79,8 +94,8 @@ def read_coo(owner: str, leaf: SparseCoo) -> tuple[np.ndarray, np.ndarray, np.nd
     Raises:
         ValueError: names `owner`, the entry, what was given and what is allowed.
     """
-    indices = np.asarray(host(owner, leaf.indices, "indices"))
-    given = np.asarray(host(owner, leaf.values, "ids"))
+    indices = _indices(owner, leaf)
+    given = to_numpy(owner, leaf.values, "ids", _FLAT)
     if indices.ndim != 2 or indices.shape[1] != 2 or given.shape != indices.shape[:1]:
         raise ValueError(
             f"{owner}: its SparseCoo has indices of shape {indices.shape} and values of shape {given.shape}; they must be "
@@ -88,7 +103,7 @@ def read_coo(owner: str, leaf: SparseCoo) -> tuple[np.ndarray, np.ndarray, np.nd
         )
     dense_shape = _dense_shape(owner, leaf.dense_shape)
     if given.size == 0:  # Empty lists are float64.
-        indices, given = indices.astype(np.int32), given.astype(np.int32)
+        given = given.astype(np.int32)
     coordinates, values = integers(owner, indices, "indices"), integers(owner, given)
     _check_coordinates(owner, indices, dense_shape)
     samples, wide, order = coordinates[:, 0], too_wide(given), None
@@ -109,7 +124,7 @@ def read_coo_weights(owner: str, leaf: Any, ids: CooEntries) -> np.ndarray:
     """
     if isinstance(leaf, SparseCoo):
         _check_same_places(owner, leaf, ids)
-        given = np.asarray(host(owner, leaf.values, "weights"))
+        given = to_numpy(owner, leaf.values, "weights", _FLAT)
     else:
         given = host(owner, leaf, "weights")
         if not isinstance(given, np.ndarray) or given.ndim != 1:
@@ -117,6 +132,8 @@ def read_coo_weights(owner: str, leaf: Any, ids: CooEntries) -> np.ndarray:
                 f"{owner}: its weights are {describe(given)}; for ids in a SparseCoo they must be a SparseCoo with the same "
                 "indices, a 1-d array in the order of the ids, or None for ones."
             )
+    if given.ndim != 1:
+        raise ValueError(f"{owner}: the SparseCoo of its weights has values of shape {given.shape}; they must be [n].")
     if given.shape != ids.indices.shape[:1]:
         raise ValueError(f"{owner}: there are {given.size} weights for {len(ids.indices)} ids; each id needs one.")
     weights = floats(owner, given)
@@ -124,7 +141,8 @@ def read_coo_weights(owner: str, leaf: Any, ids: CooEntries) -> np.ndarray:
 
 
 def _check_same_places(owner: str, weights: SparseCoo, ids: CooEntries) -> None:
-    indices = np.asarray(host(owner, weights.indices, "indices"))
+    indices = _indices(f"{owner}, weights", weights)
+    integers(f"{owner}, weights", indices, "indices")
     if indices.shape != ids.indices.shape:
         raise ValueError(
             f"{owner}: its weights have indices of shape {indices.shape}, its ids of shape {ids.indices.shape}; they must be "

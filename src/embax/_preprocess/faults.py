@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from embax._checks import INT32_MAX
 from embax._preprocess.inputs import FlatFeature
 from embax._stacking.plan import FeaturePlan, Plan
 
@@ -33,6 +34,8 @@ def fault_error(plan: Plan, leaves: list[FlatFeature], fault: Fault) -> Exceptio
         for feature in stack.features
         if feature.leaf == fault.leaf
     )
+    if fault.kind == TOO_MANY_IDS:
+        return ValueError(f"Feature {feature.name!r}: {_too_many_text(plan.num_sparsecores, fault.value)}")
     return ValueError(f"Feature {feature.name!r}{_text(feature, combiner, leaves[fault.leaf], fault)}")
 
 
@@ -62,11 +65,19 @@ def _text(feature: FeaturePlan, combiner: str, flat: FlatFeature, fault: Fault) 
             f", sample {fault.sample}: row_splits decreases from {flat.row_splits[fault.sample]} to {fault.value}; it "
             "must never decrease."
         )
-    if fault.kind == LAST_SPLIT:
-        return f": row_splits ends at {fault.value}, but there are {flat.ids.size} values; it must end at their number."
+    return f": row_splits ends at {fault.value}, but there are {flat.ids.size} values; it must end at their number."
+
+
+def _too_many_text(num_sparsecores: int, ids: int) -> str:
+    # Of the int32 of a row pointer each minibatch (64) of each partition may take 8 entries of padding.
+    most = max(INT32_MAX - 64 * 8 * num_sparsecores, 0)
+    if ids < INT32_MAX // 2:
+        remedy = "Place the tables on fewer devices or SparseCores"
+    else:
+        remedy = "Split the batch, or use more SparseCores"
     return (
-        f": one SparseCore gets {fault.value} ids of its stack, more than int32 can count; split the batch or use more "
-        "SparseCores."
+        f"one SparseCore gets {ids} ids of its stack; with {num_sparsecores} SparseCores in all, int32 row pointers count at "
+        f"most {most}. {remedy}."
     )
 
 

@@ -8,9 +8,26 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from embax._preprocess.arrays import ALLOWED, FLOAT32, INT32, INT64, describe, floats, host, integers, too_wide
+from embax._preprocess.arrays import (
+    ALLOWED,
+    FLOAT32,
+    INT32,
+    INT64,
+    describe,
+    floats,
+    host,
+    integers,
+    to_numpy,
+    too_wide,
+)
 from embax._preprocess.coo import CooEntries, SparseCoo, read_coo, read_coo_weights
 from embax._stacking.plan import FeaturePlan
+
+_JOIN = (
+    "Values of a Ragged are those of all samples one after another: join them with np.concatenate, or pass the list of samples "
+    "without a Ragged."
+)
+_SPLITS = "They must be one list of integers: 0, and behind each sample the number of values so far."
 
 
 @jax.tree_util.register_dataclass
@@ -133,16 +150,13 @@ def _rows(owner: str, rows: Any, what: str) -> tuple[np.ndarray, np.ndarray, np.
     arrays = []
     for sample, row in enumerate(rows):
         where = f"{owner}, sample {sample}"
-        try:
-            array = np.asarray(host(where, row, what))
-        except (ValueError, TypeError, OverflowError) as error:
-            if isinstance(row, jax.Array):
-                raise
-            raise ValueError(f"{where}: its {what} are not an array of numbers ({error}). {ALLOWED}") from None
+        array = to_numpy(where, row, what, ALLOWED)
         if array.ndim != 1:
+            given = f"have {array.ndim} dimensions" if array.ndim else f"are {describe(row)}"
+            empty = "a sample without ids is []" if is_ids else "weights of ones are None in place of the list"
             raise ValueError(
-                f"{where}: its {what} have {array.ndim} dimensions; in a list of samples each one must be a 1-d array "
-                f"or a list. {ALLOWED}"
+                f"{where}: its {what} {given}; in a list of samples each one must be a 1-d array or a list, and {empty}. "
+                f"{ALLOWED}"
             )
         if array.size == 0:  # An empty list has no dtype of its own.
             array = np.zeros(0, np.int32 if is_ids else np.float32)
@@ -157,15 +171,15 @@ def _rows(owner: str, rows: Any, what: str) -> tuple[np.ndarray, np.ndarray, np.
     if not is_ids:
         return np.concatenate(arrays), splits, None
     values = np.concatenate([integers(owner, array) for array in arrays])
-    wide = any(array.dtype == np.uint64 for array in arrays)
+    wide = any(too_wide(array) is not None for array in arrays)
     return values, splits, np.concatenate([array.astype(object) for array in arrays]) if wide else None
 
 
 def _read_ids(feature: FeaturePlan, leaf: Any) -> FlatFeature:
     owner = f"Feature {feature.name!r}"
     if isinstance(leaf, Ragged):
-        given = np.asarray(host(owner, leaf.values, "ids"))
-        splits = np.asarray(host(owner, leaf.row_splits, "row_splits"))
+        given = to_numpy(owner, leaf.values, "ids", _JOIN)
+        splits = to_numpy(owner, leaf.row_splits, "row_splits", _SPLITS)
         if given.ndim != 1 or splits.ndim != 1 or splits.size == 0:
             raise ValueError(
                 f"{owner}: its Ragged has values of shape {given.shape} and row_splits of shape {splits.shape}; they "
@@ -196,27 +210,57 @@ def _read_ids(feature: FeaturePlan, leaf: Any) -> FlatFeature:
     return FlatFeature(ids, None, None, ids.shape[0], too_wide(leaf))
 
 
+def _splits_of_weights(owner: str, weights: Ragged, values: np.ndarray, splits: np.ndarray) -> np.ndarray:
+    """The row splits of weights in a `Ragged`; unless they are `splits`, those of the ids, they are checked by themselves."""
+    given = to_numpy(f"{owner}, weights", weights.row_splits, "row_splits", _SPLITS)
+    if values.ndim != 1 or given.ndim != 1 or given.size == 0:
+        raise ValueError(
+            f"{owner}: the Ragged of its weights has values of shape {values.shape} and row_splits of shape {given.shape}; they "
+            "must be 1-d, and row_splits one longer than the batch."
+        )
+    theirs = integers(f"{owner}, weights", given, "row_splits")
+    if np.array_equal(theirs, splits):
+        return theirs
+    of_ids = "They must equal the row_splits of the ids."
+    if theirs[0] != 0:
+        raise ValueError(f"{owner}: the row_splits of its weights start at {theirs[0]}; they must start at 0. {of_ids}")
+    falls = np.flatnonzero(theirs[1:] < theirs[:-1])
+    if falls.size:
+        sample = int(falls[0])
+        raise ValueError(
+            f"{owner}, sample {sample}: the row_splits of its weights decrease from {theirs[sample]} to {theirs[sample + 1]}; "
+            f"they must never decrease. {of_ids}"
+        )
+    if theirs[-1] != values.size:
+        raise ValueError(
+            f"{owner}: the row_splits of its weights end at {theirs[-1]}, but there are {values.size} weights; they must end at "
+            f"their number. {of_ids}"
+        )
+    return theirs
+
+
 def _read_weights(owner: str, flat: FlatFeature, leaf: Any, ids_shape: tuple[int, ...]) -> np.ndarray:
     splits = flat.row_splits
     if flat.coo is not None:
         return read_coo_weights(owner, leaf, flat.coo)
     if splits is None:
         leaf = host(owner, leaf, "weights")
-        shape = np.shape(leaf) if isinstance(leaf, np.ndarray) else None
+        shape = leaf.shape if isinstance(leaf, np.ndarray) else None
         if shape not in (ids_shape, flat.ids.shape):
             raise ValueError(
                 f"{owner}: its weights are {describe(leaf)}, its ids have shape {ids_shape}; weights must be an array "
                 "of the same shape, or None for ones."
+                + (" Convert the list with np.asarray(weights, np.float32)." if isinstance(leaf, (list, tuple)) else "")
             )
         return floats(owner, leaf).reshape(flat.ids.shape)
     if isinstance(leaf, Ragged):
-        values = floats(owner, np.asarray(host(owner, leaf.values, "weights")))
-        theirs = np.asarray(host(owner, leaf.row_splits, "row_splits"))
+        values = floats(owner, to_numpy(owner, leaf.values, "weights", _JOIN))
+        theirs = _splits_of_weights(owner, leaf, values, splits)
     else:
         leaf = host(owner, leaf, "weights")
         if isinstance(leaf, np.ndarray) and leaf.dtype != object and leaf.ndim == 1:
             values, theirs = floats(owner, leaf), splits
-        elif isinstance(leaf, (list, tuple, np.ndarray)):
+        elif isinstance(leaf, (list, tuple)) or (isinstance(leaf, np.ndarray) and leaf.ndim):
             values, theirs, _ = _rows(owner, leaf, "weights")
         else:
             raise ValueError(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from embax._checks import positive_int
-from embax._preprocess.arrays import describe, host
+from embax._checks import INT64_MAX, positive_int
+from embax._preprocess.arrays import beyond_int64, describe, exact_array, host
 
 _ALLOWED = (
     "Allowed are an array [batch, sequence, valency] (or [batch, sequence], one id an item), and a list of sequences of "
@@ -21,10 +21,26 @@ def _filler(dtype: Any) -> int:
         return 0
     if jnp.issubdtype(dtype, jnp.signedinteger):
         return -1
+    convert = "Convert it, for example with ids.astype(np.int64)."
+    if jnp.issubdtype(dtype, jnp.unsignedinteger):  # Of JAX. Their largest value would become the -1 of padding.
+        convert = "Convert it with ids.astype(jnp.int32) if all ids are below 2**31, as those of every vocabulary are."
     raise ValueError(
         f"flatten_sequences: an array of dtype {dtype} is to be padded; only signed integers (ids, by -1) and floats (weights, "
-        "by 0) can be. Convert it, for example with ids.astype(np.int64)."
+        f"by 0) can be. {convert}"
     )
+
+
+def _signed(where: str, array: np.ndarray) -> np.ndarray:
+    """Integers of any dtype as signed ones, which have a -1 for padding; other arrays as they are."""
+    if array.dtype.kind != "u" and not beyond_int64(array):
+        return array
+    outside = (array > INT64_MAX) | (array < -INT64_MAX - 1)
+    if outside.any():
+        raise ValueError(
+            f"{where}: id {array[outside][0]} is beyond int64, and so outside every vocabulary. Remove it, or map it (for "
+            "example id % vocabulary_size)."
+        )
+    return array.astype(np.int64)
 
 
 def _cut(length: int, limit: int, where: str, truncate: bool) -> int:
@@ -41,6 +57,8 @@ def _flatten_array(values: Any, max_length: int, truncate: bool) -> Any:
     values = values[:, : _cut(length, max_length, "every sequence", truncate)]
     if length < max_length:
         xp = jnp if isinstance(values, jax.Array) else np
+        if isinstance(values, np.ndarray):
+            values = _signed("flatten_sequences", values)
         padding = ((0, 0), (0, max_length - length), (0, 0))
         values = xp.pad(values, padding, constant_values=_filler(values.dtype))
     return values.reshape(batch * max_length, valency)
@@ -52,11 +70,12 @@ def _array(where: str, values: Any) -> np.ndarray | None:
     if isinstance(values, (list, tuple)) and any(isinstance(item, np.ma.MaskedArray) for item in values):
         return None
     try:
-        array = np.asarray(values)
-    except (ValueError, TypeError):  # Lists of different lengths, or traced items.
+        array = exact_array(values)
+    except Exception:  # Lists of different lengths, traced items, or foreign objects, which raise what they like.
         return None
-    if array.dtype == object and array.ndim == 1:
+    if array.dtype == object and array.ndim == 1 and not beyond_int64(array):
         return None
+    array = _signed(where, array)
     if array.size and not (array.dtype.kind in "iu" or jnp.issubdtype(array.dtype, jnp.floating)):
         raise ValueError(f"{where} is {describe(values)}; ids must be integers, and weights real numbers. {_ALLOWED}")
     return array
@@ -67,17 +86,25 @@ def _rows(where: str, sequence: Any) -> np.ndarray | list[np.ndarray]:
     array = _array(where, sequence)
     if array is not None and array.ndim in (1, 2):
         return array[:, None] if array.ndim == 1 else array
-    items = [] if array is not None else [_array(f"{where}, item {i}", item) for i, item in enumerate(sequence)]
+    is_list = array is None and isinstance(sequence, (list, tuple, np.ndarray))
+    items = [_array(f"{where}, item {i}", item) for i, item in enumerate(sequence)] if is_list else []
     if not items or any(item is None or item.ndim > 1 for item in items):
         raise ValueError(f"{where} is no list of items, each an id or a 1-d array or list of ids. {_ALLOWED}")
     return [np.atleast_1d(item) for item in items if item is not None]
+
+
+def _common_dtype(parts: list[np.ndarray]) -> np.dtype:
+    try:  # Integers are signed by now, so that they stay integers.
+        return np.result_type(*parts) if parts else np.dtype(np.int32)
+    except TypeError:  # Of bfloat16 beside int64 or float16: weights, which packing makes float32.
+        return np.dtype(np.float32)
 
 
 def _flatten_list(sequences: Any, max_length: int, truncate: bool) -> np.ndarray:
     rows = [_rows(f"flatten_sequences: sequence {i}", sequence) for i, sequence in enumerate(sequences)]
     rows = [items[: _cut(len(items), max_length, f"sequence {i}", truncate)] for i, items in enumerate(rows)]
     parts = [part for items in rows for part in ([items] if isinstance(items, np.ndarray) else items) if part.size]
-    dtype = np.result_type(*parts) if parts else np.dtype(np.int32)
+    dtype = _common_dtype(parts)
     valency = max((part.shape[-1] for part in parts), default=1)
     flat = np.full((len(rows), max_length, valency), _filler(dtype), dtype)
     for places, items in zip(flat, rows, strict=True):
@@ -109,7 +136,8 @@ def flatten_sequences(values: Any, max_sequence_length: int | None = None, *, tr
         `[batch * sequence, valency]` array: JAX where `values` is, else NumPy.
 
     Raises:
-        ValueError: a sequence is too long, `values` has another form, or padding is needed in an unsigned array.
+        ValueError: a sequence is too long, `values` has another form, an id is beyond int64, or padding is needed in an
+            unsigned JAX array.
 
     Example:
         >>> ids = {"watched": [[[3, 5], [8]], [[2]]]}  # Two sequences, of two items and of one.
@@ -122,7 +150,7 @@ def flatten_sequences(values: Any, max_sequence_length: int | None = None, *, tr
         max_sequence_length = positive_int("flatten_sequences", "max_sequence_length", max_sequence_length)
     if not isinstance(values, jax.Array):
         values = host("flatten_sequences", values, "ids")
-    if isinstance(values, (list, tuple)) or (isinstance(values, np.ndarray) and values.dtype == object):
+    if isinstance(values, (list, tuple)) or (isinstance(values, np.ndarray) and values.dtype == object and values.ndim):
         if max_sequence_length is None:
             raise ValueError(
                 "flatten_sequences: a list of sequences needs max_sequence_length, the items that each is filled up to, so that "

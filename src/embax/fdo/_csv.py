@@ -80,4 +80,7 @@ class CSVFileFDOClient(FileFDOClient):
             if len(line) != 2 or not re.fullmatch(r"\d+( \d+)*", line[1], re.ASCII):
                 raise ValueError(f"the line {','.join(line)[:100]!r} is not a key and counts separated by blanks")
             rows.setdefault(line[0], []).append([int(value) for value in line[1].split(" ")])
+        for key, values in rows.items():
+            if len(set(map(len, values))) > 1:
+                raise ValueError(f"the lines of {key!r} differ in the number of counts")
         return {key: np.array(values[0] if len(values) == 1 else values, np.int64) for key, values in rows.items()}

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from embax._preprocess.arrays import to_numpy
 from embax._preprocess.stats import SparseDenseMatmulInputStats
 from embax.fdo._client import FDOClient
 
@@ -26,10 +27,11 @@ _SUFFIXES = {
 
 def _counts(what: str, value: Any) -> np.ndarray:
     """`value` as int64 of rank 1 or 2, or a ValueError."""
-    array = np.atleast_1d(np.asarray(value))
+    allowed = "must be integers of at least 0 and below 2**63, in an array of rank 1 or 2."
+    array = np.atleast_1d(to_numpy(what, value, "counts", f"They {allowed}"))
     good = array.ndim <= 2 and array.size > 0 and array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
     if not good or (array % 1 != 0).any() or array.min() < 0 or array.max() >= 2**63:
-        raise ValueError(f"{what} is {value!r}; it must be integers of at least 0, in an array of rank 1 or 2.")
+        raise ValueError(f"{what} is {value!r}; it {allowed}")
     return array.astype(np.int64)
 
 
@@ -90,7 +92,12 @@ class FileFDOClient(FDOClient):
             )
         new = {}
         for field, suffix in _SUFFIXES.items():
-            for stack, value in getattr(stats, field).items():
+            by_stack = getattr(stats, field)
+            if not isinstance(by_stack, Mapping):
+                raise ValueError(
+                    f"{field} of the stats is a {type(by_stack).__name__}; it must map names of stacks to counts."
+                )
+            for stack, value in by_stack.items():
                 if not isinstance(stack, str) or not stack or "\0" in stack:
                     raise ValueError(
                         f"{field} has a stack named {stack!r}; a name must be a string, not empty, without NUL."

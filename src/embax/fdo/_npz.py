@@ -2,12 +2,20 @@
 
 import io
 import os
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from embax.fdo._files import FileFDOClient
+
+
+def _read_array(archive: Mapping[str, np.ndarray], key: str) -> np.ndarray:
+    try:
+        return archive[key]
+    except ValueError:  # NumPy's text on Python objects advises to unpickle them, which runs what the file says.
+        raise ValueError(f"{key!r} is no whole array of numbers") from None
 
 
 class NPZFileFDOClient(FileFDOClient):
@@ -43,5 +51,9 @@ class NPZFileFDOClient(FileFDOClient):
         return buffer.getvalue()
 
     def _decode(self, content: bytes) -> dict[str, np.ndarray]:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+        file = io.BytesIO(content)
+        if not zipfile.is_zipfile(file):  # NumPy would take it for a pickle, and advise to load that.
+            raise ValueError("it is no zip archive")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as archive:
+            return {key: _read_array(archive, key) for key in archive.files}
