@@ -50,68 +50,80 @@ def peer_pack(
     )
 
 
-def stack_arrays(packed: embax.PreprocessedInput, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Row pointers, ids, sample ids and gains of one stack, as the reference has them: flat, one part a device."""
-    layout = packed.layout
-    stack = next(stack for stack in layout.stacks if stack.name == name)
-    pointers = layout.num_sparsecores_per_device * row_pointers_per_segment(layout.num_sparsecores)
-
-    def part(array: Any, start: int, size: int) -> np.ndarray:
-        return np.asarray(array).reshape(layout.num_local_devices, -1)[:, start : start + size].reshape(-1)
-
-    return (
-        part(packed.row_pointers, stack.row_pointers_start, pointers),
-        part(packed.embedding_ids, stack.entries_start, stack.capacity),
-        part(packed.sample_ids, stack.entries_start, stack.capacity),
-        part(packed.gains, stack.entries_start, stack.capacity),
-    )
+_FIELDS = {
+    "row_pointers": "lhs_row_pointers",
+    "embedding_ids": "lhs_embedding_ids",
+    "sample_ids": "lhs_sample_ids",
+    "gains": "lhs_gains",
+}
+"""The arrays of a packed batch, and what the reference calls them."""
 
 
-def written_entries(row_pointers: np.ndarray, capacity: int, num_sparsecores: int) -> np.ndarray:
-    """bool, a row a local SparseCore: which of its entries packing writes, those that fill up partitions included.
+def from_peer(theirs: Any, ours: embax.PreprocessedInput) -> embax.PreprocessedInput:
+    """The reference's packed batch in arrays like those of `ours`: those of all stacks in one, device by device.
 
-    Args:
-        row_pointers: of all local SparseCores.
-        capacity: entries of each.
-        num_sparsecores: of all devices.
+    Raises:
+        AssertionError: there are other stacks, or arrays have another shape or dtype than embax gives them.
     """
-    last = row_pointers.reshape(-1, row_pointers_per_segment(num_sparsecores))[:, num_sparsecores - 1]
-    ends = -(-last // PARTITION_ALIGNMENT) * PARTITION_ALIGNMENT
-    return np.arange(capacity) < ends[:, None]
+    layout = ours.layout
+    num_devices, names = layout.num_local_devices, [stack.name for stack in layout.stacks]
+    per_stack = layout.row_pointers_per_device // len(layout.stacks)
+    arrays = {}
+    for field, their_field in _FIELDS.items():
+        mine, other = getattr(ours, field), getattr(theirs, their_field)
+        assert set(other) == set(names), (set(other), set(names))
+        parts = []
+        for stack in layout.stacks:
+            size = per_stack if field == "row_pointers" else stack.capacity
+            shape = (num_devices, size) if mine.ndim == 2 else (num_devices * size,)
+            assert other[stack.name].shape == shape, f"{field} of {stack.name}: {other[stack.name].shape}, not {shape}"
+            parts.append(np.asarray(other[stack.name]).reshape(num_devices, size))
+        arrays[field] = np.concatenate(parts, axis=1).reshape(mine.shape)
+        assert arrays[field].dtype == mine.dtype, (field, arrays[field].dtype)
+    if ours.num_minibatches is not None:
+        arrays["num_minibatches"] = np.asarray(theirs.num_minibatches)
+        assert arrays["num_minibatches"].shape == ours.num_minibatches.shape, arrays["num_minibatches"].shape
+    return ours.replace(**arrays, stats=None)
 
 
-def check_equal_packing(ours: embax.PreprocessedInput, theirs: Any, *, max_ulp: dict[str, int] | None = None) -> None:
+def written_places(packed: embax.PreprocessedInput) -> tuple[np.ndarray, np.ndarray]:
+    """bool, a row a device: which row pointers, and which entries, packing writes, those that fill up partitions included."""
+    layout = packed.layout
+    num_devices, sparsecores = layout.num_local_devices, layout.num_sparsecores_per_device
+    pointers = np.asarray(packed.row_pointers).reshape(num_devices, -1)
+    per_segment = row_pointers_per_segment(layout.num_sparsecores)
+    segments = sparsecores * (1 if packed.num_minibatches is None else int(np.ravel(packed.num_minibatches)[0]))
+    of_pointers = np.zeros(pointers.shape, bool)
+    of_entries = np.zeros((num_devices, layout.entries_per_device), bool)
+    for stack in layout.stacks:
+        start, stop = stack.row_pointers_start, stack.row_pointers_start + segments * per_segment
+        of_pointers[:, start:stop] = True
+        last = pointers[:, start:stop].reshape(num_devices, segments, per_segment)[:, :, layout.num_sparsecores - 1]
+        ends = -(-last // PARTITION_ALIGNMENT) * PARTITION_ALIGNMENT
+        # SparseCores have equal shares, or with minibatches follow one another.
+        shares = 1 if layout.minibatched else sparsecores
+        written = np.arange(stack.capacity // shares) < ends[:, -shares:, None]
+        of_entries[:, stack.entries_start : stack.entries_start + stack.capacity] = written.reshape(num_devices, -1)
+    return of_pointers, of_entries
+
+
+def check_equal_packing(ours: embax.PreprocessedInput, theirs: Any) -> None:
     """Raises an AssertionError unless both sides packed a batch alike, bit for bit up to the last row pointers.
 
     What lies behind these is not written by either side.
 
     Args:
         ours: a batch packed by embax.
-        theirs: the same batch packed by the reference, without minibatches.
-        max_ulp: by stack, units in the last place by which the gains may differ; none for stacks that are not named.
+        theirs: the same batch packed by the reference. The sides divide ids into several minibatches by hashes of their own.
     """
-    layout = ours.layout
-    names = {stack.name for stack in layout.stacks}
-    assert names == set(theirs.lhs_row_pointers), (names, set(theirs.lhs_row_pointers))
-    for name in names:
-        pointers, ids, samples, gains = stack_arrays(ours, name)
-        their_gains = np.asarray(theirs.lhs_gains[name])
-        np.testing.assert_array_equal(pointers, theirs.lhs_row_pointers[name], f"row pointers of {name}", strict=True)
-        assert gains.dtype == their_gains.dtype == np.float32
-        assert gains.shape == their_gains.shape, f"entries of {name}: {gains.shape}, {their_gains.shape}"
-        parts = layout.num_local_devices * layout.num_sparsecores_per_device
-        written = written_entries(pointers, ids.size // parts, layout.num_sparsecores).reshape(-1)
-        for what, mine, other in (
-            ("ids", ids, theirs.lhs_embedding_ids[name]),
-            ("sample ids", samples, theirs.lhs_sample_ids[name]),
-        ):
-            np.testing.assert_array_equal(mine[written], other[written], f"{what} of {name}", strict=True)
-        mine, other = gains[written], their_gains[written]
-        ulp = (max_ulp or {}).get(name, 0)
-        if ulp:
-            padding = ids[written] == np.iinfo(np.int32).max
-            np.testing.assert_array_equal(np.isnan(other), padding, f"NaN gains of {name}")
-            np.testing.assert_array_max_ulp(mine[~padding], other[~padding], maxulp=ulp)
-        # As bits, so that -0 differs from 0.
-        else:
-            np.testing.assert_array_equal(mine.view(np.int32), other.view(np.int32), f"gains of {name}")
+    other = from_peer(theirs, ours)
+    if ours.num_minibatches is not None:
+        assert (np.ravel(ours.num_minibatches) == 1).all(), ours.num_minibatches
+        np.testing.assert_array_equal(ours.num_minibatches, other.num_minibatches)
+    of_pointers, of_entries = written_places(ours)
+    for field in _FIELDS:
+        written = of_pointers if field == "row_pointers" else of_entries
+        a, b = (np.asarray(getattr(side, field)).reshape(written.shape)[written] for side in (ours, other))
+        if field == "gains":  # As bits, so that -0 differs from 0.
+            a, b = a.view(np.int32), b.view(np.int32)
+        np.testing.assert_array_equal(a, b, field, strict=True)

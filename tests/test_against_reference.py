@@ -1,6 +1,7 @@
 """Stacking and packing against the released reference, bit for bit. `make test-reference` runs this; elsewhere it skips."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import hypothesis.strategies as st
@@ -15,20 +16,15 @@ pytest.importorskip("jax_tpu_embedding", reason="jax-tpu-embedding is not instal
 
 from jax_tpu_embedding.sparsecore.lib.nn import embedding, table_stacking
 
-from benchmarks.peer import check_equal_packing, peer_pack, peer_specs
+from benchmarks.peer import check_equal_packing, from_peer, peer_pack, peer_specs
 
 # The same examples in every run.
-differential = settings(max_examples=200, derandomize=True, deadline=None)
+differential = settings(max_examples=150, derandomize=True, deadline=None)
 
-# For combiner "sqrtn" the reference contracts `sum += w * w` into one operation (FMA), which rounds once where embax
-# rounds twice. On samples of up to 6 positive weights that moves a gain by up to 3 units in the last place, and by up to
-# 5 where gains of equal ids were added. Where float32 holds the squares and their sums exactly, and for the other
-# combiners in any case, the gains agree bit for bit.
-SQRTN_ULP = 5
-
-EXACT = np.float32([1, 0.5, 2, 3.25, 0.125, 0.75])
 POSITIVE = np.random.default_rng(0).uniform(0.01, 8, 64).astype(np.float32)
-SIGNED = np.float32([1.3, 0.7, 2.9, 5.1, -0.01, -3.7, 0, 0.3, 1e-8])
+SIGNED = np.concatenate([POSITIVE, -POSITIVE])
+WEIGHTS = {"sum": np.append(SIGNED, np.float32([0, 1e-8])), "mean": POSITIVE, "sqrtn": SIGNED}
+"""Without sums of 0, of which the reference makes NaN."""
 
 
 def make_table(name, vocabulary, combiner="sum", **changes):
@@ -56,15 +52,15 @@ class Problem:
     sparsecores: int
     rows: dict[str, list[list[int]]]
     weights: dict[str, list[list[float]] | None] | None = None
-    max_ulp: dict[str, int] | None = None
 
-    def pack_ours(self, ids=None, weights=None, limits="raise"):
-        ids = (
-            {name: [np.array(row, np.int32) for row in rows] for name, rows in self.rows.items()}
-            if ids is None
-            else ids
-        )
-        return embax.preprocess(ids, weights, specs=self.ours, limits=limits, num_local_devices=self.local_devices)
+    def pack_ours(self, ids=None, weights=None, **options):
+        if ids is None:
+            ids = {name: list_of_arrays(rows, np.int32) for name, rows in self.rows.items()}
+            weights = self.weights and {
+                name: rows and list_of_arrays(rows, np.float32) for name, rows in self.weights.items()
+            }
+        options = {"limits": "raise"} | options
+        return embax.preprocess(ids, weights, specs=self.ours, num_local_devices=self.local_devices, **options)
 
     def pack_theirs(self, **options):
         ids = {name: peer_array(rows, np.int32) for name, rows in self.rows.items()}
@@ -77,7 +73,10 @@ class Problem:
         return peer_pack(self.theirs, ids, weights, *sizes, **options)
 
     def check(self, packed, theirs, stats):
-        check_equal_packing(packed, theirs, max_ulp=self.max_ulp)
+        check_equal_packing(packed, theirs)
+        self.check_stats(packed, stats)
+
+    def check_stats(self, packed, stats):
         for field in ("max_ids_per_partition", "max_unique_ids_per_partition", "required_buffer_size_per_sc"):
             mine, other = getattr(packed.stats, field), getattr(stats, field)
             assert mine.keys() == other.keys()
@@ -150,9 +149,9 @@ def place_both(draw, ours, devices, sparsecores, limit):
 
 
 @st.composite
-def problems(draw, weights_are=("none", "exact", "any"), small_limits=False):
+def problems(draw, weighted=True, small_limits=False, several_hosts=True):
     devices = draw(st.sampled_from([1, 2, 4]))
-    local_devices = draw(st.integers(1, devices))
+    local_devices = draw(st.integers(1, devices)) if several_hosts else devices
     sparsecores = draw(st.sampled_from([2, 4]))
     num_tables = draw(st.integers(1, 4))
     owners = [*range(num_tables), *draw(st.lists(st.integers(0, num_tables - 1), max_size=2))]
@@ -191,7 +190,7 @@ def problems(draw, weights_are=("none", "exact", "any"), small_limits=False):
 
     # Hypothesis draws the shape of the problem and a seed: drawing every id would be slow and explore no more.
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    how = draw(st.sampled_from(weights_are))
+    weighted = weighted and draw(st.booleans())
     rows, weights = {}, {}
     for name, count, length in zip(names, counts, longest, strict=True):
         table = ours[name].table_spec
@@ -201,16 +200,9 @@ def problems(draw, weights_are=("none", "exact", "any"), small_limits=False):
         least = draw(st.sampled_from([0, length]))
         lengths = rng.integers(least, length + 1, count * local_devices * sparsecores)
         rows[name] = [rng.integers(0, top, n).tolist() for n in lengths]
-        pool = EXACT if how == "exact" else SIGNED if table.combiner == "sum" else POSITIVE
+        pool = WEIGHTS[table.combiner]
         weights[name] = [rng.choice(pool, len(row)).tolist() for row in rows[name]] if draw(st.booleans()) else None
-    rounded = (
-        {}
-        if how != "any"
-        else {
-            name: SQRTN_ULP for name, stack in embax.get_stacked_table_specs(ours).items() if stack.combiner == "sqrtn"
-        }
-    )
-    return Problem(ours, theirs, devices, local_devices, sparsecores, rows, None if how == "none" else weights, rounded)
+    return Problem(ours, theirs, devices, local_devices, sparsecores, rows, weights if weighted else None)
 
 
 @differential
@@ -249,11 +241,12 @@ def test_packing_equals_the_reference(problem, data):
         ids[name] = form(rows, data.draw(st.sampled_from([np.int32, np.int64])))
         given_weights = problem.weights and problem.weights[name]
         weights[name] = given_weights and form(given_weights, np.float32)
-    problem.check(problem.pack_ours(ids, weights), *problem.pack_theirs())
+    leading = {"has_leading_dimension": data.draw(st.booleans())}
+    problem.check(problem.pack_ours(ids, weights, **leading), *problem.pack_theirs(**leading))
 
 
 @differential
-@given(problems(weights_are=("none",)))
+@given(problems(weighted=False))
 def test_packing_equals_the_reference_on_sparse_tensors(problem):
     tensors = {name: sparse(rows) for name, rows in problem.rows.items()}
     theirs, stats = embedding.preprocess_sparse_dense_matmul_input_from_sparse_tensor(
@@ -264,29 +257,11 @@ def test_packing_equals_the_reference_on_sparse_tensors(problem):
         num_sc_per_device=problem.sparsecores,
     )
     problem.check(problem.pack_ours(), theirs, stats)
-    if hasattr(embax, "SparseCoo"):
-        coo = {name: embax.SparseCoo(*tensor) for name, tensor in tensors.items()}
-        problem.check(problem.pack_ours(coo), theirs, stats)
+    coo = {name: embax.SparseCoo(*tensor) for name, tensor in tensors.items()}
+    problem.check(problem.pack_ours(coo), theirs, stats)
 
 
-def can_drop():
-    try:
-        embax.preprocess([], specs=[], limits="drop")
-    except ValueError as error:
-        return "limits is" not in str(error)
-    return True
-
-
-@pytest.mark.skipif(not can_drop(), reason='embax.preprocess has no limits="drop"')
-@differential
-@given(problems(small_limits=True))
-def test_dropping_equals_the_reference(problem):
-    weights = problem.weights and {
-        name: rows and list_of_arrays(rows, np.float32) for name, rows in problem.weights.items()
-    }
-    packed = problem.pack_ours(weights=weights, limits="drop")
-    theirs, stats = problem.pack_theirs(allow_id_dropping=True)
-    problem.check(packed, theirs, stats)
+def check_drop_counters(problem, packed, stats):
     # Where the buffer is too small, the reference counts equal ids of a sample once; beyond a limit it counts each.
     repeated = any(len(set(row)) < len(row) for rows in problem.rows.values() for row in rows)
     sized = {
@@ -301,6 +276,149 @@ def test_dropping_equals_the_reference(problem):
             assert counters[name] >= count
         else:
             assert counters[name] == count
+
+
+@differential
+@given(problems(small_limits=True))
+def test_dropping_equals_the_reference(problem):
+    packed = problem.pack_ours(limits="drop")
+    theirs, stats = problem.pack_theirs(allow_id_dropping=True)
+    problem.check(packed, theirs, stats)
+    check_drop_counters(problem, packed, stats)
+
+
+@differential
+@given(problems(several_hosts=False), st.booleans())
+def test_a_single_minibatch_equals_the_reference(problem, leading):
+    options = {"enable_minibatching": True, "has_leading_dimension": leading}
+    problem.check(problem.pack_ours(**options), *problem.pack_theirs(**options))
+
+
+def entries(packed):
+    """The entries of a batch in minibatches: columns device, stack, SparseCore, partition, row, sample, gain; and minibatch."""
+    layout, number = packed.layout, int(packed.num_minibatches[0])
+    S, N = layout.num_sparsecores_per_device, layout.num_sparsecores
+    of_devices = {
+        field: getattr(packed, field).reshape(layout.num_local_devices, -1)
+        for field in ("row_pointers", "embedding_ids", "sample_ids", "gains")
+    }
+    columns, minibatches = [], []
+    for device, (k, stack) in itertools.product(range(layout.num_local_devices), enumerate(layout.stacks)):
+        pointers, *values = (
+            array[device, start : start + size]
+            for array, start, size in zip(
+                of_devices.values(),
+                [stack.row_pointers_start, *[stack.entries_start] * 3],
+                [S * number * max(N, 8), *[stack.capacity] * 3],
+                strict=True,
+            )
+        )
+        ends = pointers.reshape(S * number, -1)[:, :N].reshape(-1)
+        begins = np.append(0, -(-ends[:-1] // 8) * 8)
+        counts = ends - begins
+        assert (counts >= 0).all()
+        places = np.concatenate([np.arange(*bounds) for bounds in zip(begins, ends, strict=True)])
+        segment, partition = np.divmod(np.repeat(np.arange(len(ends)), counts), N)
+        rows, samples, gains = (array[places] for array in values)
+        same = np.full_like(rows, 1)
+        columns.append(
+            np.stack([device * same, k * same, segment // number, partition, rows, samples, gains.view(np.int32)])
+        )
+        minibatches.append(segment % number)
+    return np.concatenate(columns, axis=1), np.concatenate(minibatches)
+
+
+def exceeds_limits(packed):
+    return any(
+        (packed.stats.max_ids_per_partition[stack.name] > stack.max_ids_per_partition).any()
+        or (packed.stats.max_unique_ids_per_partition[stack.name] > stack.max_unique_ids_per_partition).any()
+        for stack in packed.layout.stacks
+    )
+
+
+@differential
+@given(problems(several_hosts=False, small_limits=True))
+def test_minibatches_hold_what_those_of_the_reference_hold(problem):
+    packed = problem.pack_ours(limits="drop", enable_minibatching=True)
+    theirs, stats = problem.pack_theirs(allow_id_dropping=True, enable_minibatching=True)
+    problem.check_stats(packed, stats)
+    if not exceeds_limits(packed):
+        check_equal_packing(packed, theirs)
+        check_drop_counters(problem, packed, stats)
+        return
+    whole, _ = entries(problem.pack_ours(limits="grow", enable_minibatching=True))
+    for side, counters in (packed, packed.stats.id_drop_counters), (from_peer(theirs, packed), stats.id_drop_counters):
+        assert int(side.num_minibatches[0]) > 1
+        kept, minibatches = entries(side)
+        # The columns that name a row of a stack are never in two minibatches.
+        names = np.unique(kept[[1, 3, 4]], axis=1)
+        assert np.unique(np.vstack([kept[[1, 3, 4]], minibatches]), axis=1).shape[1] == names.shape[1]
+        assert set(map(tuple, kept.T)) <= set(map(tuple, whole.T))
+        assert (kept.shape == whole.shape) == (not any(counters.values()))
+
+
+@pytest.mark.parametrize("minibatching", [False, True])
+@pytest.mark.parametrize("sparsecores", [2, 4])
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_sizes_equal_those_of_the_reference(devices, sparsecores, minibatching):
+    theirs = embedding.compute_row_pointers_size_per_device(
+        global_device_count=devices, num_sc_per_device=sparsecores, enable_minibatching=minibatching
+    )
+    assert embax.compute_row_pointers_size_per_device(devices, sparsecores, minibatching) == theirs
+    for max_ids in (1, 8, 9, 1000):
+        arguments = max_ids, devices, sparsecores, minibatching
+        theirs = embedding.compute_theoretical_max_coo_buffer_size(*arguments)
+        assert embax.compute_theoretical_max_coo_buffer_size(*arguments) == theirs
+
+
+@differential
+@given(problems(), st.booleans(), st.booleans())
+def test_shapes_without_data_equal_those_of_the_reference(problem, minibatching, leading):
+    sizes = problem.devices, problem.sparsecores, minibatching
+    buffers = embedding.compute_coo_buffer_size_per_device(problem.theirs, *sizes)
+    assert embax.compute_coo_buffer_size_per_device(problem.ours, *sizes) == buffers
+    options = {"enable_minibatching": minibatching, "has_leading_dimension": leading}
+    ours = embax.eval_preprocess_shape(problem.ours, num_local_devices=problem.local_devices, **options)
+    theirs = embedding.eval_preprocess_sparse_dense_matmul_input_shape(
+        problem.theirs, problem.local_devices, problem.devices, num_sc_per_device=problem.sparsecores, **options
+    )
+    for mine, others in (
+        (ours.row_pointers, theirs.lhs_row_pointers),
+        (ours.embedding_ids, theirs.lhs_embedding_ids),
+        (ours.sample_ids, theirs.lhs_sample_ids),
+        (ours.gains, theirs.lhs_gains),
+    ):
+        # The reference tells flat shapes, whatever it packs.
+        assert {other.dtype for other in others.values()} == {mine.dtype}
+        assert sum(other.size for other in others.values()) == mine.size
+        assert mine.shape == ((problem.local_devices, mine.size // problem.local_devices) if leading else (mine.size,))
+    for stack in ours.layout.stacks:
+        assert theirs.lhs_gains[stack.name].shape == (problem.local_devices * stack.capacity,)
+    if minibatching:
+        assert (ours.num_minibatches.shape, ours.num_minibatches.dtype) == (
+            theirs.num_minibatches.shape,
+            theirs.num_minibatches.dtype,
+        )
+
+
+def limits_of(stacks):
+    fields = ("max_ids_per_partition", "max_unique_ids_per_partition", "suggested_coo_buffer_size_per_device")
+    return {name: [getattr(stack, field) for field in fields] for name, stack in stacks.items()}
+
+
+@differential
+@given(problems())
+def test_limits_follow_statistics_as_in_the_reference(problem):
+    packed, (_, stats) = problem.pack_ours(), problem.pack_theirs()
+    embax.update_preprocessing_parameters(problem.ours, packed.stats, problem.sparsecores)
+    embedding.update_preprocessing_parameters(problem.theirs, stats, problem.sparsecores)
+    ours = limits_of(embax.get_stacked_table_specs(problem.ours))
+    theirs = limits_of(embedding.get_stacked_table_specs(problem.theirs))
+    # The reference takes a limit of 0 from a stack without ids, and cannot pack with it.
+    least = [1, 1, problem.sparsecores]
+    assert ours == {name: list(map(max, limits, least)) for name, limits in theirs.items()}
+    if ours == theirs:
+        problem.check(problem.pack_ours(), *problem.pack_theirs())
 
 
 def test_samples_of_weight_zero_are_nan_in_the_reference_alone():
