@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from jax_tpu_embedding.sparsecore.lib.nn import embedding  # pyright: ignore[rep
 
 import embax
 from benchmarks.peer import check_equal_packing, peer_pack, peer_specs
+from benchmarks.results import write_section
 from benchmarks.run import alternate, machine, milliseconds
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -203,23 +205,30 @@ def compare_pairs(first: Callable[[int], object], second: Callable[[int], object
 def report_validation(names: list[str], rounds: int) -> list[str]:
     """A table of what checking ids and weights costs."""
     lines = [
-        f"What checking every id costs, on one thread: medians of {rounds} rounds of two calls each, in turns; the ratio is the",
-        "median of the rounds' ratios, with its 95% confidence interval.",
+        f"What checking every id and weight costs, on one thread: medians of {rounds} rounds of two calls each, in turns; the",
+        "ratio is the median of the rounds' ratios, with its 95% confidence interval.",
         "",
         '| workload | validation="raise", ms | validation="trust", ms | raise / trust |',
         "|---|---|---|---|",
     ]
     ratios = []
-    for name in names:
+    for name, weighted in itertools.product(names, (False, True)):
         batches = WORKLOADS[name].batches(8)
         packing = Packing(WORKLOADS[name], needed_limits(WORKLOADS[name], batches))
-        checking = pack_batches(packing, batches, threads="1", validation="raise")
-        trusting = pack_batches(packing, batches, threads="1", validation="trust")
+        weights = None
+        if weighted:
+            rng = np.random.default_rng(0)
+            weights = {feature: rng.random(ids.shape, np.float32) for feature, ids in batches[0].items()}
+        checking, trusting = (
+            pack_batches(packing, batches, threads="1", weights=weights, validation=validation)
+            for validation in ("raise", "trust")
+        )
         times = compare_pairs(checking, trusting, rounds)
         checked, trusted = (statistics.median(column) for column in zip(*times, strict=True))
         ratio, low, high = median_interval([a / b for a, b in times])
         ratios.append(ratio)
-        lines.append(f"| {name} | {checked:.3f} | {trusted:.3f} | {ratio:.3f} ({low:.3f} to {high:.3f}) |")
+        case = f"{name}, weights" if weighted else name
+        lines.append(f"| {case} | {checked:.3f} | {trusted:.3f} | {ratio:.3f} ({low:.3f} to {high:.3f}) |")
         print(lines[-1], flush=True)
     lines.append(f"| geometric mean | | | {statistics.geometric_mean(ratios):.3f} |")
     return lines
@@ -232,6 +241,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="timed calls of each side (default 40)")
     parser.add_argument("--validation-rounds", type=int, default=500, help="rounds for validation (default 500)")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--write", action="store_true", help="write the section in RESULTS.md")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
@@ -246,7 +256,10 @@ def main() -> None:
     text = [f"Machine: {machine()}; jax-tpu-embedding {importlib.metadata.version('jax-tpu-embedding')}."]
     for section in options.sections:
         text += ["", *reports[section]()]
-    print("\n" + "\n".join(text))
+    if options.write:
+        write_section("Packing", "\n".join(["Command: `make bench-packing`.", "", *text]))
+    else:
+        print("\n" + "\n".join(text))
 
 
 if __name__ == "__main__":

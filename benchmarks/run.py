@@ -14,11 +14,10 @@ from collections.abc import Callable
 
 import jax
 
+from benchmarks.results import write_section
 from benchmarks.steps import Embax, PlainJax, check_equal
 from benchmarks.workloads import WIDE, WORKLOADS, Workload
 from embax import _native
-
-RESULTS = pathlib.Path(__file__).with_name("RESULTS.md")
 
 
 def milliseconds(call: Callable[[int], object], number: int) -> float:
@@ -106,8 +105,6 @@ def growth(rounds: int) -> tuple[float, float, float]:
 def report(names: list[str], rounds: int, *, with_growth: bool) -> str:
     """The measurements as Markdown."""
     lines = [
-        "# Results",
-        "",
         "Command: `make bench`. One training step with full-slot Adagrad in float32, ids in, tables updated, everything",
         "counted. Medians; the two sides take turns, each beginning with a call that is not timed, and the ratio is the median",
         "of the rounds' ratios, with its range. Both sides are first checked to compute the same losses and rows. Not shown:",
@@ -145,12 +142,11 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=7, help="steps of plain JAX that are timed (default 7)")
     parser.add_argument("--no-growth", action="store_true", help="leave out the 16 M row table, which needs 11 GB")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--write", action="store_true", help="write the section in RESULTS.md")
     options = parser.parse_args()
     text = report(options.workloads, options.rounds, with_growth=not options.no_growth)
     if options.write:
-        RESULTS.write_text(text)
-        print(f"wrote {RESULTS}")
+        write_section("Training steps", text)
     else:
         print(text)
 
