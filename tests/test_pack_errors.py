@@ -486,6 +486,18 @@ def test_thread_counts(value, specs, good, monkeypatch):
     assert text == f"EMBAX_NUM_THREADS is {value!r}; it must be an integer from 1 to 1024, or unset."
 
 
+def test_buffers_beyond_memory():
+    """More than an address space holds, so that no memory is touched."""
+    table = make_table(vocabulary=64, max_ids_per_partition=2**31 - 1, suggested_coo_buffer_size_per_device=2**31 - 65)
+    specs = place(
+        {f"f{i}": make_feature(f"f{i}", table if i == 0 else make_table(f"t{i}")) for i in range(3)}, 2**16, 1
+    )
+    ids = {f"f{i}": np.zeros((2**16, 1), np.int32) for i in range(3)}
+    text = r"Packing needs more memory than there is: .* 3 stacks of 1 SparseCores a device and 65536 in all, and buffers of \d+"
+    with pytest.raises(MemoryError, match=text):
+        preprocess(ids, specs=specs, limits="drop")
+
+
 class TestNativeArguments:
     """The native functions refuse what Python would never pass, rather than read or write out of bounds."""
 

@@ -101,6 +101,7 @@ def preprocess(
             does not divide. The message names the feature, the sample and the value, and says what to do.
         embax.LimitExceededError: a limit is exceeded (a ValueError).
         RuntimeError: another host could not pack its part of the batch.
+        MemoryError: the buffers do not fit into memory; says what made them so large.
 
     Example:
         >>> packed = embax.preprocess({"watched": np.array([[3, 5], [8, -1]])}, specs=features)  # doctest: +SKIP

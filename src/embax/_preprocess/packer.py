@@ -146,6 +146,18 @@ class Packer:
 
     def __call__(self, ids: Any, weights: Any = None, *, batch_number: int | None = None) -> PreprocessedInput:
         """Packs one batch; arguments, result and errors are those of `embax.preprocess`."""
+        try:
+            return self._pack(ids, weights, batch_number)
+        except MemoryError as error:
+            plan = self.plan
+            entries = self._limits.current[:, 2].sum() * self.num_local_devices
+            raise MemoryError(
+                f"Packing needs more memory than there is: beside the ids, for {len(plan.stacks)} stacks of "
+                f"{plan.num_sparsecores_per_device} SparseCores a device and {plan.num_sparsecores} in all, and buffers of "
+                f"{entries} entries by the limits so far. Use fewer SparseCores a device, smaller batches, or lower limits in the specs."
+            ) from error
+
+    def _pack(self, ids: Any, weights: Any, batch_number: int | None) -> PreprocessedInput:
         threads = num_threads()
         if batch_number is not None:
             batch_number = _checked_batch_number(batch_number)
