@@ -154,7 +154,8 @@ class Packer:
             raise MemoryError(
                 f"Packing needs more memory than there is: beside the ids, for {len(plan.stacks)} stacks of "
                 f"{plan.num_sparsecores_per_device} SparseCores a device and {plan.num_sparsecores} in all, and buffers of "
-                f"{entries} entries by the limits so far. Use fewer SparseCores a device, smaller batches, or lower limits in the specs."
+                f"{entries} entries by the limits so far. Use fewer SparseCores a device, smaller batches, or lower "
+                "limits in the specs."
             ) from error
 
     def _pack(self, ids: Any, weights: Any, batch_number: int | None) -> PreprocessedInput:
