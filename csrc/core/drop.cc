@@ -49,10 +49,7 @@ std::vector<int64_t> SortedBatch::Drop(const std::vector<PackLimits>& limits, Pa
         keep = EntriesOfFirstIds(entries + first, keep, limit.max_unique_ids);
       }
       for (int64_t e = first + keep; e < first + count; ++e) {
-        int64_t sample = Payload(entries[e]);
-        size_t feature = 0;
-        while (feature + 1 < stack.shares.size() && sample >= stack.shares[feature]) sample -= stack.shares[feature++];
-        dropped[stack.features[feature]] += multiplicities != nullptr ? multiplicities[e] : 1;
+        dropped[stack.FeatureOf(Payload(entries[e]))] += multiplicities != nullptr ? multiplicities[e] : 1;
       }
       kept[partition] = static_cast<int32_t>(keep);
       end += RoundUp(keep);

@@ -55,7 +55,8 @@ class _Round:
 
     def __init__(self) -> None:
         self.values: dict[int, int] = {}
-        self.result: int | None = None
+        self.result = 0
+        self.finished = False
         self.failure: tuple[type[Exception], str] | None = None
         self.told: set[int] = set()
         """Hosts that the failure has been raised in; when it has in all, nothing needs to remember it."""
@@ -112,7 +113,7 @@ class ThreadAllReduce:
             state = self._rounds.setdefault(key, _Round())
             if state.failure is None:
                 self._join(state, host, key, value)
-            while state.result is None and state.failure is None:
+            while not state.finished and state.failure is None:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     missing = sorted(set(range(self._num_hosts)) - set(state.values))
@@ -131,7 +132,6 @@ class ThreadAllReduce:
                     del self._rounds[key]
                 kind, message = state.failure
                 raise kind(message)  # One of its own in each thread, since a traceback belongs to one.
-            assert state.result is not None
             return state.result
 
     def _join(self, state: _Round, host: int, key: int, value: int) -> None:
@@ -146,10 +146,8 @@ class ThreadAllReduce:
             return
         state.values[host] = value
         if len(state.values) == self._num_hosts:
-            result = 0
-            for given in state.values.values():
-                result |= given
-            state.result = result
+            state.result = functools.reduce(operator.or_, state.values.values())
+            state.finished = True
             del self._rounds[key]  # Whoever waits for it holds it.
             self._changed.notify_all()
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from embax import _native
 from embax._preprocess.buffers import PARTITION_ALIGNMENT, suggested_capacity
 from embax._preprocess.stats import SparseDenseMatmulInputStats
 from embax._stacking.plan import Plan, StackPlan
@@ -54,6 +55,11 @@ class Counts(NamedTuple):
     max_ids: np.ndarray
     max_unique_ids: np.ndarray
     required: np.ndarray
+
+    @classmethod
+    def of(cls, batch: _native.SortedBatch, num_stacks: int) -> "Counts":
+        """The counts of a sorted batch as it is now: before minibatches are formed, or of these."""
+        return cls(*(a.reshape(num_stacks, -1) for a in (batch.max_ids, batch.max_unique_ids, batch.required)))
 
     def as_stats(self, names: list[str]) -> SparseDenseMatmulInputStats:
         """The counts by the names of the stacks."""

@@ -1,7 +1,5 @@
 """How hosts agree on the minibatches of a batch."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from embax import _native
@@ -46,7 +44,7 @@ class Agreement:
         )
 
     def settle(
-        self, batch: _native.SortedBatch, counts: Counts, limits: Limits, threads: int, count: Callable[[], Counts]
+        self, batch: _native.SortedBatch, counts: Counts, limits: Limits, threads: int
     ) -> tuple[int, np.ndarray]:
         """Puts the entries of `batch` into minibatches if the batch of any host needs that.
 
@@ -55,7 +53,6 @@ class Agreement:
             counts: its counts.
             limits: those of the packer.
             threads: threads to work with.
-            count: counts the batch anew.
 
         Returns:
             The number of minibatches, and the limits to pack with: int64[stacks, 3].
@@ -79,7 +76,7 @@ class Agreement:
             return 1, limits.fit(counts)
         boundaries = self._reduce(1, _native.minibatch_boundaries(batch, current, threads))
         number = _native.form_minibatches(batch, boundaries, threads)
-        counts = count()
+        counts = Counts.of(batch, len(current))
         problem = limits.problem(counts)
         if self._reduce(2, _FAILED if problem else 0):
             raise problem or self._other_host()

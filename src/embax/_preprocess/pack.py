@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from embax._preprocess.all_reduce import AllReduceInterface
+from embax._preprocess.all_reduce import AllReduceInterface, DistributedAllReduce
 from embax._preprocess.buffers import PreprocessedInput
 from embax._preprocess.packer import Packer
 from embax._specs import FeatureSpec
@@ -151,14 +151,6 @@ def eval_preprocess_shape(
         num_local_devices=num_local_devices,
         has_leading_dimension=has_leading_dimension,
         enable_minibatching=enable_minibatching,
-        all_reduce=_NoHosts() if enable_minibatching else None,
+        all_reduce=DistributedAllReduce() if enable_minibatching else None,  # Nothing is packed, so nothing is reduced.
     )
     return packer.eval_shape()
-
-
-class _NoHosts(AllReduceInterface):
-    """Stands where nothing is packed."""
-
-    def bitwise_or(self, key: int, value: int) -> int:
-        del key
-        return value

@@ -164,7 +164,7 @@ class Packer:
             batch_number = _checked_batch_number(batch_number)
         if not self.enable_minibatching:
             batch, batch_sizes = self._sort(ids, weights, threads)
-            counts = self._counts(batch)
+            counts = Counts.of(batch, len(self._names))
             if problem := self._limits.problem(counts):
                 raise problem
             return self._finish(batch, batch_sizes, counts, None, self._limits.fit(counts), threads)
@@ -174,8 +174,8 @@ class Packer:
         except Exception:
             agreement.fail()
             raise
-        counts = self._counts(batch)
-        number, limits = agreement.settle(batch, counts, self._limits, threads, lambda: self._counts(batch))
+        counts = Counts.of(batch, len(self._names))
+        number, limits = agreement.settle(batch, counts, self._limits, threads)
         return self._finish(batch, batch_sizes, counts, number, limits, threads)
 
     def eval_shape(self) -> PreprocessedInput:
@@ -226,10 +226,6 @@ class Packer:
         if isinstance(batch, tuple):
             raise fault_error(plan, leaves, Fault(*batch))
         return batch, batch_sizes
-
-    def _counts(self, batch: _native.SortedBatch) -> Counts:
-        num_stacks = len(self._names)
-        return Counts(*(a.reshape(num_stacks, -1) for a in (batch.max_ids, batch.max_unique_ids, batch.required)))
 
     def _finish(
         self,
