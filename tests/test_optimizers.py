@@ -82,6 +82,33 @@ def f2a(gradient, state, step, rho=0.5, l1=0.0, l2=0.0, max_multiplier=1e6):
     return [table - moved, accumulator, count + 1]
 
 
+def row_wise_adagrad(gradient, state, step):
+    table, accumulator = state
+    accumulator = accumulator + (gradient**2).mean(axis=1)
+    return [table - 0.1 * gradient / (np.sqrt(accumulator)[:, None] + 1e-8), accumulator]
+
+
+def row_wise_adam(gradient, state, step):
+    table, momentum, velocity = state
+    momentum = 0.9 * momentum + 0.1 * gradient
+    velocity = 0.999 * velocity + 0.001 * (gradient**2).mean(axis=1)
+    unbiased = momentum / (1 - 0.9 ** (step + 1)), velocity / (1 - 0.999 ** (step + 1))
+    return [table - 0.1 * unbiased[0] / (np.sqrt(unbiased[1])[:, None] + 1e-8), momentum, velocity]
+
+
+def altered(formula, value=np.inf, norm=np.inf, l2=0.0, decay=0.0):
+    """A formula behind clipping of the gradient, L2, and decoupled decay at learning rate 0.1."""
+
+    def step(gradient, state, step):
+        gradient = np.clip(gradient, -value, value)
+        size = np.linalg.norm(gradient, axis=1, keepdims=True)
+        gradient = np.where(size > norm, gradient / np.maximum(size, 1e-300) * min(norm, 1e300), gradient)
+        table, *slots = state
+        return formula(gradient + l2 * table, [table - 0.1 * decay * table, *slots], step)
+
+    return step
+
+
 OPTIMIZERS = {
     "sgd": (embax.SGDOptimizerSpec(0.1), sgd),
     "adagrad": (embax.AdagradOptimizerSpec(0.1), adagrad),
@@ -125,6 +152,18 @@ OPTIMIZERS = {
             max_lr_multiplier=1.5,
         ),
         functools.partial(f2a, rho=0.7, l1=0.01, l2=0.1, max_multiplier=1.5),
+    ),
+    "row_wise_adagrad": (embax.RowWiseAdagradOptimizerSpec(0.1), row_wise_adagrad),
+    "row_wise_adam": (embax.RowWiseAdamOptimizerSpec(0.1), row_wise_adam),
+    # What happens around every rule.
+    "sgd clipped by value": (embax.SGDOptimizerSpec(0.1, clip_gradient_value=0.7), altered(sgd, value=0.7)),
+    "adagrad clipped by norm": (embax.AdagradOptimizerSpec(0.1, clip_gradient_norm=1.5), altered(adagrad, norm=1.5)),
+    "adam decayed": (embax.AdamOptimizerSpec(0.1, weight_decay=0.2), altered(adam, decay=0.2)),
+    "row_wise_adagrad with all": (
+        embax.RowWiseAdagradOptimizerSpec(
+            0.1, clip_gradient_value=1.0, clip_gradient_norm=2.0, weight_decay=0.1, weight_decay_mode="l2"
+        ),
+        altered(row_wise_adagrad, value=1.0, norm=2.0, l2=0.1),
     ),
 }
 
@@ -504,7 +543,7 @@ def test_slots(spec, name, slots):
     ],
 )
 def test_defaults_are_those_of_the_reference(spec, fields):
-    assert dataclasses.astuple(spec) == fields
+    assert tuple(getattr(spec, f.name) for f in dataclasses.fields(spec) if not f.kw_only) == fields
 
 
 BAD_FIELDS = [

@@ -210,12 +210,15 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
 ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
                   Int32s num_minibatches, Floats hyperparameters, ffi::RemainingArgs operands,
                   ffi::RemainingRets results, int64_t num_sparsecores, int64_t max_minibatches, Int64Span stacks,
-                  Int64Span rules) {
+                  Int64Span rules, Int64Span num_hyperparameters, FloatSpan options) {
   const PackedBatch batch(row_pointers, ids, samples, gains, num_minibatches, num_sparsecores, max_minibatches, stacks);
   if (const std::string problem = batch.Problem(); !problem.empty()) return Invalid(problem);
   const RowKernels& kernels = SelectRowKernels();
   const int64_t n = batch.num_stacks();
-  if (static_cast<int64_t>(rules.size()) != n) return Invalid("update: one rule for each stack is expected");
+  if (static_cast<int64_t>(rules.size()) != n || static_cast<int64_t>(num_hyperparameters.size()) != n ||
+      static_cast<int64_t>(options.size()) != 6 * n) {
+    return Invalid("update: one rule with its options for each stack is expected");
+  }
   struct StackUpdate {
     UpdateTask task;
     const RowRule* rule;
@@ -229,7 +232,8 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     updates[k].rule = &rule;
     if (next_state + rule.num_slots >= static_cast<int64_t>(results.size()) ||
         n + next_state + rule.num_slots >= static_cast<int64_t>(operands.size()) ||
-        next_hyperparameter + rule.num_hyperparameters > static_cast<int64_t>(hyperparameters.element_count())) {
+        num_hyperparameters[k] < rule.num_hyperparameters ||
+        num_hyperparameters[k] > static_cast<int64_t>(hyperparameters.element_count()) - next_hyperparameter) {
       return Invalid("update: stack " + std::to_string(k) + " lacks operands or results");
     }
     const auto gradient = operands.get<Matrix>(k);
@@ -249,8 +253,8 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
       if (!before.has_value() || !after.has_value()) return Invalid("update: tables and slots must be float32 matrices");
       const auto shape = before->dimensions(), after_shape = (*after)->dimensions();
       if (slot == 0) t.rows_per_partition = shape[0] / num_sparsecores;
-      if (shape[0] != t.rows_per_partition * num_sparsecores || shape[1] != t.dim || after_shape[0] != shape[0] ||
-          after_shape[1] != shape[1]) {
+      if (shape[0] != t.rows_per_partition * num_sparsecores || shape[1] != StateColumns(rule.row_wise, slot, t.dim) ||
+          after_shape[0] != shape[0] || after_shape[1] != shape[1]) {
         return Invalid("update: the shapes of table, slots and gradient of stack " + std::to_string(k) + " do not match");
       }
       t.state[slot] = (*after)->typed_data();
@@ -259,7 +263,12 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
       }
     }
     t.hyperparameters = hyperparameters.typed_data() + next_hyperparameter;
-    next_hyperparameter += rule.num_hyperparameters;
+    next_hyperparameter += num_hyperparameters[k];
+    const float* o = options.begin() + 6 * k;
+    t.options = {o[0], o[1], o[2], o[3], o[4]};
+    // Behind those of the rule, where rows decay apart from it.
+    if (num_hyperparameters[k] > rule.num_hyperparameters) t.options.decay = t.hyperparameters[rule.num_hyperparameters];
+    t.width = static_cast<int64_t>(o[5]);
     bytes += sizeof(float) * t.dim * batch.NumEntries(k) * (2 + rule.num_slots);
   }
   return RunTasks(threads, batch, bytes, [&](int64_t stack, int64_t partition) {
@@ -273,10 +282,11 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     t.cursors = cursors.data();
     t.sum = sum.data();
     t.partition = partition;
-    for (int slot = 0; slot <= updates[stack].rule->num_slots; ++slot) {
-      t.state[slot] += partition * t.rows_per_partition * t.dim;
+    const RowRule& rule = *updates[stack].rule;
+    for (int slot = 0; slot <= rule.num_slots; ++slot) {
+      t.state[slot] += partition * t.rows_per_partition * StateColumns(rule.row_wise, slot, t.dim);
     }
-    updates[stack].rule->update(t);
+    rule.update(t);
   });
 }
 
@@ -332,7 +342,9 @@ XLA_FFI_DEFINE_HANDLER(kUpdate, Guarded<Update>::Run,
                            .Attr<int64_t>("num_sparsecores")
                            .Attr<int64_t>("max_minibatches")
                            .Attr<Int64Span>("stacks")
-                           .Attr<Int64Span>("rules"));
+                           .Attr<Int64Span>("rules")
+                           .Attr<Int64Span>("num_hyperparameters")
+                           .Attr<FloatSpan>("options"));
 
 XLA_FFI_DEFINE_HANDLER(kFill, Guarded<Fill>::Run,
                        ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Matrix>());

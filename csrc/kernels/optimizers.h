@@ -3,7 +3,9 @@
 // A rule is a type with
 //   kName                                the name that the Python spec gives as `native_rule`
 //   kSlots, kHyperparameters             how many slot rows and float hyperparameters it takes
-//   explicit Rule(const float* h)        from its hyperparameters, in the order of the spec's get_hyperparameters
+//   kRowWise                             bit k is set if slot k has one value a row (0 by ElementWise)
+//   Rule(const float* h, int64_t width)  from its hyperparameters, in the order of the spec's get_hyperparameters, and the
+//                                        columns of a row that are not padding
 //   template <int kDim> void Row(const float* g, float* const* rows, int64_t dim) const
 //                                        new rows from the gradient g; rows[0] is the table's, then the slots'
 // and is listed once, in EMBAX_ROW_RULES.
@@ -20,7 +22,9 @@
   X(Adam)                  \
   X(Ftrl)                  \
   X(LaProp)                \
-  X(F2a)
+  X(F2a)                   \
+  X(RowWiseAdagrad)        \
+  X(RowWiseAdam)
 
 // Each instruction set compiles its own copy of everything below; the inner namespace keeps the linker from mixing them.
 namespace embax {
@@ -32,14 +36,34 @@ inline int64_t Length(int64_t dim) {
   return kDim > 0 ? kDim : dim;
 }
 
+// The sum of the squares of a row, in lanes that a vector register holds, always in the same order.
+template <int kDim>
+inline float SumOfSquares(const float* __restrict g, int64_t dim) {
+  constexpr int64_t kLanes = kDim == 0 || kDim > 16 ? 16 : kDim;
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= Length<kDim>(dim); i += kLanes) {
+    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += g[i + k] * g[i + k];
+  }
+  for (int64_t k = 0; i + k < Length<kDim>(dim); ++k) lanes[k] += g[i + k] * g[i + k];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  }
+  return lanes[0];
+}
+
+struct ElementWise {
+  static constexpr unsigned kRowWise = 0;
+};
+
 // w -= lr * g
-struct Sgd {
+struct Sgd : ElementWise {
   static constexpr char kName[] = "sgd";
   static constexpr int kSlots = 0;
   static constexpr int kHyperparameters = 1;
   float learning_rate;
 
-  explicit Sgd(const float* h) : learning_rate(h[0]) {}
+  Sgd(const float* h, int64_t) : learning_rate(h[0]) {}
 
   template <int kDim>
   void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
@@ -49,13 +73,13 @@ struct Sgd {
 };
 
 // a += g^2; w -= lr * g / sqrt(a); no step where a is still 0
-struct Adagrad {
+struct Adagrad : ElementWise {
   static constexpr char kName[] = "adagrad";
   static constexpr int kSlots = 1;
   static constexpr int kHyperparameters = 1;
   float learning_rate;
 
-  explicit Adagrad(const float* h) : learning_rate(h[0]) {}
+  Adagrad(const float* h, int64_t) : learning_rate(h[0]) {}
 
   template <int kDim>
   void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
@@ -72,14 +96,14 @@ struct Adagrad {
 
 // a = beta2 * a + share * g^2; s = g * (a + eps)^(-1/exponent), 0 where a + eps is 0; m = k * m + s;
 // w -= lr * (k * m + s with Nesterov, else m). The share is 1 - beta2, but 1 where beta2 is 1.
-struct AdagradMomentum {
+struct AdagradMomentum : ElementWise {
   static constexpr char kName[] = "adagrad_momentum";
   static constexpr int kSlots = 2;
   static constexpr int kHyperparameters = 6;
   float learning_rate, decay, beta2, share, epsilon, power;
   bool nesterov;
 
-  explicit AdagradMomentum(const float* h)
+  AdagradMomentum(const float* h, int64_t)
       : learning_rate(h[0]), decay(h[1]), beta2(h[2]), share(h[2] == 1.0f ? 1.0f : 1.0f - h[2]), epsilon(h[3]),
         power(-1.0f / h[4]), nesterov(h[5] != 0.0f) {}
 
@@ -110,13 +134,13 @@ struct AdagradMomentum {
 };
 
 // m += (1 - b1) * (g - m); v += (1 - b2) * (g^2 - v); w -= alpha * m / (sqrt(v) + eps), no step where that divides by 0
-struct Adam {
+struct Adam : ElementWise {
   static constexpr char kName[] = "adam";
   static constexpr int kSlots = 2;
   static constexpr int kHyperparameters = 4;
   float alpha, rate_1, rate_2, epsilon;
 
-  explicit Adam(const float* h) : alpha(h[0]), rate_1(1.0f - h[1]), rate_2(1.0f - h[2]), epsilon(h[3]) {}
+  Adam(const float* h, int64_t) : alpha(h[0]), rate_1(1.0f - h[1]), rate_2(1.0f - h[2]), epsilon(h[3]) {}
 
   template <int kDim>
   void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
@@ -138,13 +162,13 @@ struct Adam {
 // A = a + g^2; L = l + scale * g - (A^-p - a^-p) * per_rate * w; den = (A^-p + beta) * per_rate + 2 * scale * l2;
 // w = (clip(L, -scale * l1, scale * l1) - L) / den, as it was where den is 0; a, l = A, L.
 // The linear term is in units of the gradient times the scale, which is lr or 1.
-struct Ftrl {
+struct Ftrl : ElementWise {
   static constexpr char kName[] = "ftrl";
   static constexpr int kSlots = 2;
   static constexpr int kHyperparameters = 6;
   float scale, per_rate, power, threshold, twice_l2, beta;
 
-  explicit Ftrl(const float* h)
+  Ftrl(const float* h, int64_t)
       : scale(h[5] != 0.0f ? h[0] : 1.0f), per_rate(h[5] != 0.0f ? 1.0f : 1.0f / h[0]), power(-h[1]),
         threshold(scale * h[2]), twice_l2(2.0f * scale * h[3]), beta(h[4]) {}
 
@@ -178,13 +202,13 @@ struct Ftrl {
 
 // nu = d * nu + (1 - d) * (g^2 + eps); mu = b1 * mu + sqrt(1 - b1^2) * g / sqrt(nu), its second term 0 where nu is 0;
 // w -= lr * mu
-struct LaProp {
+struct LaProp : ElementWise {
   static constexpr char kName[] = "laprop";
   static constexpr int kSlots = 2;
   static constexpr int kHyperparameters = 4;
   float learning_rate, b1, share, decay, epsilon;
 
-  explicit LaProp(const float* h)
+  LaProp(const float* h, int64_t)
       : learning_rate(h[0]), b1(h[1]), share(std::sqrt((1.0f - h[1]) * (1.0f + h[1]))), decay(h[2]), epsilon(h[3]) {}
 
   template <int kDim>
@@ -205,13 +229,13 @@ struct LaProp {
 
 // n += 1; f = min((max(t, 1) / n)^rho, max_multiplier); a += g^2;
 // w -= lr * (f * g / sqrt(a) + l1 * sign(w) + l2 * w), the first term 0 where a is 0
-struct F2a {
+struct F2a : ElementWise {
   static constexpr char kName[] = "f2a";
   static constexpr int kSlots = 2;
   static constexpr int kHyperparameters = 6;
   float learning_rate, rho, l1, l2, max_multiplier, step;
 
-  explicit F2a(const float* h)
+  F2a(const float* h, int64_t)
       : learning_rate(h[0]), rho(h[1]), l1(h[2]), l2(h[3]), max_multiplier(h[4]), step(h[5] < 1.0f ? 1.0f : h[5]) {}
 
   // A row is updated as a whole, so its elements count the same steps, unless it was loaded otherwise: one power for all.
@@ -243,6 +267,55 @@ struct F2a {
       const float scaled = (kSame ? of_all : Multiplier(n[i])) * g[i] / std::sqrt(sum);
       const float sign = w[i] > 0.0f ? 1.0f : w[i] < 0.0f ? -1.0f : 0.0f;
       w[i] -= learning_rate * ((sum == 0.0f ? 0.0f : scaled) + l1 * sign + l2 * w[i]);
+    }
+  }
+};
+
+// a += mean(g^2), of the row; w -= lr * g / (sqrt(a) + eps), no step where that divides by 0
+struct RowWiseAdagrad {
+  static constexpr char kName[] = "row_wise_adagrad";
+  static constexpr int kSlots = 1;
+  static constexpr unsigned kRowWise = 1;
+  static constexpr int kHyperparameters = 2;
+  float learning_rate, epsilon, width;
+
+  RowWiseAdagrad(const float* h, int64_t width) : learning_rate(h[0]), epsilon(h[1]), width(static_cast<float>(width)) {}
+
+  template <int kDim>
+  void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
+    float* __restrict w = rows[0];
+    const float sum = *rows[1] + SumOfSquares<kDim>(g, dim) / width;
+    *rows[1] = sum;
+    const float denominator = std::sqrt(sum) + epsilon;
+    const float rate = denominator == 0.0f ? 0.0f : learning_rate / denominator;
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) w[i] -= rate * g[i];
+  }
+};
+
+// m += (1 - b1) * (g - m); v += (1 - b2) * (mean(g^2) - v), of the row; w -= alpha * m / (sqrt(v) + eps), no step where that
+// divides by 0
+struct RowWiseAdam {
+  static constexpr char kName[] = "row_wise_adam";
+  static constexpr int kSlots = 2;
+  static constexpr unsigned kRowWise = 2;
+  static constexpr int kHyperparameters = 4;
+  float alpha, rate_1, rate_2, epsilon, width;
+
+  RowWiseAdam(const float* h, int64_t width)
+      : alpha(h[0]), rate_1(1.0f - h[1]), rate_2(1.0f - h[2]), epsilon(h[3]), width(static_cast<float>(width)) {}
+
+  template <int kDim>
+  void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
+    float* __restrict w = rows[0];
+    float* __restrict m = rows[1];
+    const float velocity = *rows[2] + rate_2 * (SumOfSquares<kDim>(g, dim) / width - *rows[2]);
+    *rows[2] = velocity;
+    const float denominator = std::sqrt(velocity) + epsilon;
+    const float rate = denominator == 0.0f ? 0.0f : alpha / denominator;
+    for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
+      const float momentum = m[i] + rate_1 * (g[i] - m[i]);
+      m[i] = momentum;
+      w[i] -= rate * momentum;
     }
   }
 };

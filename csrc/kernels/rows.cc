@@ -82,10 +82,44 @@ void LookupRows(const LookupTask& t) {
   for (int64_t m = 0; m < t.num_minibatches; ++m) LookupMinibatch<kDim, kQuantize>(t, t.minibatches[m]);
 }
 
+// Clips the gradient of a row and adds what its decay asks for (RowOptions). Squares of what is divided by the largest
+// element neither overflow nor vanish.
+inline void PrepareRow(const RowOptions& options, float* __restrict g, float* __restrict w, int64_t dim) {
+  if (options.clip_value < HUGE_VALF) {
+    const float limit = options.clip_value;
+    for (int64_t i = 0; i < dim; ++i) g[i] = g[i] < -limit ? -limit : g[i] > limit ? limit : g[i];
+  }
+  if (options.clip_norm < HUGE_VALF) {
+    float largest = 0;
+    for (int64_t i = 0; i < dim; ++i) {
+      const float size = std::fabs(g[i]);
+      if (size > largest) largest = size;
+    }
+    if (largest > 0) {
+      const float inverse = 1.0f / largest;
+      float sum = 0;
+      for (int64_t i = 0; i < dim; ++i) sum += g[i] * inverse * (g[i] * inverse);
+      const float root = std::sqrt(sum);
+      if (largest * root > options.clip_norm) {
+        for (int64_t i = 0; i < dim; ++i) g[i] = g[i] * inverse * (options.clip_norm / root);
+      }
+    }
+  }
+  if (options.l2 != 0) {
+    for (int64_t i = 0; i < dim; ++i) g[i] += options.l2 * w[i];
+  }
+  if (options.decay != 0) {
+    for (int64_t i = 0; i < dim; ++i) w[i] -= options.decay * w[i];
+  }
+}
+
 template <typename Rule, int kDim>
 void UpdateRows(const UpdateTask& t) {
   const int64_t dim = Length<kDim>(t.dim);
-  const Rule rule(t.hyperparameters);
+  const Rule rule(t.hyperparameters, t.width);
+  const RowOptions options = t.options;
+  const bool prepares = options.clip_value < HUGE_VALF || options.clip_norm < HUGE_VALF || options.l2 != 0 || options.decay != 0;
+  const bool limits = options.min > -HUGE_VALF || options.max < HUGE_VALF;
   float* __restrict sum = t.sum;
   for (int64_t s = 0; s < t.num_sources; ++s) {
     const int64_t begin = PartitionBegin(t.entries[s], t.partition);
@@ -112,7 +146,11 @@ void UpdateRows(const UpdateTask& t) {
       for (; e < end && entries.ids[e] == id; ++e) {
         if (e + kPrefetchEntries < end && InRange(entries.ids[e + kPrefetchEntries], t.rows_per_partition)) {
           for (int k = 0; k <= Rule::kSlots; ++k) {
-            PrefetchRow<kDim>(t.state[k] + entries.ids[e + kPrefetchEntries] * dim, dim);
+            if (StateColumns(Rule::kRowWise, k, 0) == 1) {
+              __builtin_prefetch(t.state[k] + entries.ids[e + kPrefetchEntries], 0, 3);
+            } else {
+              PrefetchRow<kDim>(t.state[k] + entries.ids[e + kPrefetchEntries] * dim, dim);
+            }
           }
         }
         const int32_t sample = entries.samples[e];
@@ -130,8 +168,13 @@ void UpdateRows(const UpdateTask& t) {
     }
     if (!touched || !InRange(id, t.rows_per_partition)) continue;
     float* rows[1 + kMaxSlots];
-    for (int k = 0; k <= Rule::kSlots; ++k) rows[k] = t.state[k] + id * dim;
+    for (int k = 0; k <= Rule::kSlots; ++k) rows[k] = t.state[k] + id * StateColumns(Rule::kRowWise, k, dim);
+    if (prepares) PrepareRow(options, sum, rows[0], dim);
     rule.template Row<kDim>(sum, rows, dim);
+    if (limits) {
+      float* __restrict w = rows[0];
+      for (int64_t i = 0; i < dim; ++i) w[i] = w[i] < options.min ? options.min : w[i] > options.max ? options.max : w[i];
+    }
   }
 }
 
@@ -167,7 +210,7 @@ void Update(const UpdateTask& t) {
   UpdateFor<Rule>(t.dim)(t);
 }
 
-#define EMBAX_RULE(Rule) {Rule::kName, Rule::kSlots, Rule::kHyperparameters, &Update<Rule>},
+#define EMBAX_RULE(Rule) {Rule::kName, Rule::kSlots, Rule::kRowWise, Rule::kHyperparameters, &Update<Rule>},
 constexpr RowRule kRules[] = {EMBAX_ROW_RULES(EMBAX_RULE)};
 
 #define EMBAX_STRING_(x) #x

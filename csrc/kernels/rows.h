@@ -45,6 +45,13 @@ struct Cursor {
   int64_t next, end;
 };
 
+// What is done to a row whatever its rule: the gradient is clipped, by value and by Euclidean norm; `l2 * row` is added to it;
+// the row decays to `row - decay * row`; after the rule its elements are clipped to [min, max].
+struct RowOptions {
+  float clip_value, clip_norm, l2, min, max;  // Infinite where there is no limit.
+  float decay = 0;
+};
+
 // For each row of one partition that an entry names: the gradient of the row is the sum over its entries, SparseCore by
 // SparseCore, of gain * gradient[SparseCore, sample]; the rule then changes the row once.
 struct UpdateTask {
@@ -54,9 +61,12 @@ struct UpdateTask {
   int64_t partition;
   const float* gradient;  // [num_sources / num_minibatches, num_samples, dim]
   int64_t num_samples;
-  float* state[1 + kMaxSlots];  // table and slots: the [rows_per_partition, dim] of this partition
+  // Table and slots: the [rows_per_partition, dim] of this partition, [rows_per_partition] of a slot of one value a row.
+  float* state[1 + kMaxSlots];
   int64_t rows_per_partition;
   int64_t dim;
+  int64_t width;  // Columns that are not padding.
+  RowOptions options;
   const float* hyperparameters;
   Cursor* cursors;   // scratch, [num_sources]
   float* sum;              // scratch, [dim]
@@ -65,9 +75,15 @@ struct UpdateTask {
 struct RowRule {
   const char* name;
   int num_slots;
+  unsigned row_wise;  // Bit k is set if slot k has one value a row.
   int num_hyperparameters;
   void (*update)(const UpdateTask&);
 };
+
+// Columns of the table (0) or of slot `state - 1` of a rule. Static: each instruction set has a copy of its own.
+static inline int64_t StateColumns(unsigned row_wise, int state, int64_t dim) {
+  return state > 0 && (row_wise >> (state - 1) & 1) ? 1 : dim;
+}
 
 struct RowKernels {
   const char* isa;

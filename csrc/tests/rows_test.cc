@@ -131,11 +131,15 @@ std::vector<std::vector<float>> HyperparametersOf(const std::string& rule) {
   if (rule == "ftrl") return {{0.5f, -0.5f, 0.3f, 0.1f, 0.2f, 0.0f}, {0.5f, -0.7f, 0.3f, 0.1f, 0.2f, 1.0f}};
   if (rule == "laprop") return {{0.5f, 0.9f, 0.7f, 1e-3f}};
   if (rule == "f2a") return {{0.5f, 0.7f, 0.1f, 0.2f, 2.0f, 9.0f}};
+  if (rule == "row_wise_adagrad") return {{0.5f, 1e-3f}};
+  if (rule == "row_wise_adam") return {{0.5f, 0.9f, 0.7f, 1e-3f}};
   return {{0.5f}};
 }
 
-// The formulas: new [table, slots...] of an element from its gradient and the old ones; empty for an unknown rule.
-std::vector<double> Formula(const std::string& rule, const std::vector<float>& h, double g, const std::vector<double>& s) {
+// The formulas: new [table, slots...] of an element from its gradient, the mean of the squares of the row's, and the old ones;
+// empty for an unknown rule.
+std::vector<double> Formula(const std::string& rule, const std::vector<float>& h, double g, double mean_square,
+                            const std::vector<double>& s) {
   if (rule == "sgd") return {s[0] - h[0] * g};
   if (rule == "adagrad") return {s[0] - h[0] * g / std::sqrt(s[1] + g * g), s[1] + g * g};
   if (rule == "adagrad_momentum") {
@@ -165,21 +169,33 @@ std::vector<double> Formula(const std::string& rule, const std::vector<float>& h
     const double sign = (s[0] > 0) - (s[0] < 0);
     return {s[0] - h[0] * (f * g / std::sqrt(a) + h[2] * sign + h[3] * s[0]), a, n};
   }
+  if (rule == "row_wise_adagrad") {
+    const double a = s[1] + mean_square;
+    return {s[0] - h[0] * g / (std::sqrt(a) + h[1]), a};
+  }
+  if (rule == "row_wise_adam") {
+    const double m = h[1] * s[1] + (1 - h[1]) * g, v = h[2] * s[2] + (1 - h[2]) * mean_square;
+    return {s[0] - h[0] * m / (std::sqrt(v) + h[3]), m, v};
+  }
   return {};
 }
 
+constexpr float kNone = INFINITY;
+constexpr embax::RowOptions kNoOptions = {kNone, kNone, 0, -kNone, kNone, 0};
+
 void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19937& random, int64_t dim,
-                int64_t minibatches, bool damaged, std::vector<float> hyperparameters) {
+                int64_t minibatches, bool damaged, std::vector<float> hyperparameters,
+                const embax::RowOptions& options = kNoOptions) {
   Batch batch = Sound(random, 3, 3, 40, 7);
   if (damaged) batch = Damaged(random, batch);
   const int64_t size = batch.partitions * batch.rows * dim;
   const std::vector<float> gradient = Draw(random, batch.sources * batch.samples * dim);
   hyperparameters.resize(embax::kMaxHyperparameters);
+  const int64_t width = dim > 2 ? dim - 1 : dim;  // As if the last column were padding.
   std::vector<std::vector<float>> state(1 + rule.num_slots, Draw(random, size));
-  for (auto& slot : state) {
-    if (&slot != &state[0]) slot.assign(size, 0.25f);
-  }
-  if (rule.num_slots == 2) {  // Elements of some rows of equal slots, elements of others of different ones.
+  const auto columns = [&](int k) { return embax::StateColumns(rule.row_wise, k, dim); };
+  for (int k = 1; k <= rule.num_slots; ++k) state[k].assign(size / dim * columns(k), 0.25f);
+  if (rule.num_slots == 2 && rule.row_wise == 0) {  // Elements of some rows of equal slots, elements of others of different ones.
     for (int64_t i = 0; i < size; ++i) state[2][i] = i / dim % 2 ? 0.25f : static_cast<float>(i % 3);
   }
   std::vector<std::vector<float>> wanted = state;
@@ -195,9 +211,11 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
     task.partition = p;
     task.gradient = gradient.data();
     task.num_samples = batch.samples;
-    for (int k = 0; k <= rule.num_slots; ++k) task.state[k] = state[k].data() + p * batch.rows * dim;
+    for (int k = 0; k <= rule.num_slots; ++k) task.state[k] = state[k].data() + p * batch.rows * columns(k);
     task.rows_per_partition = batch.rows;
     task.dim = dim;
+    task.width = width;
+    task.options = options;
     task.hyperparameters = hyperparameters.data();
     task.cursors = cursors.data();
     task.sum = sum.data();
@@ -213,16 +231,34 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
     }
   });
   const std::string name = rule.name;
-  for (int64_t i = 0; i < size; ++i) {
+  for (int64_t r = 0; r < size / dim; ++r) {
     bool ok = true;
-    if (!touched[i / dim]) {
-      for (int k = 0; k <= rule.num_slots; ++k) ok = ok && state[k][i] == wanted[k][i];
-    } else {
+    std::vector<double> g(sums.begin() + r * dim, sums.begin() + (r + 1) * dim);
+    double square = 0, mean_square = 0;
+    for (double& x : g) {
+      x = std::fmin(std::fmax(x, -options.clip_value), options.clip_value);
+      square += x * x;
+    }
+    for (int64_t i = 0; i < dim; ++i) {
+      if (std::sqrt(square) > options.clip_norm) g[i] *= options.clip_norm / std::sqrt(square);
+      g[i] += options.l2 * wanted[0][r * dim + i];
+      mean_square += g[i] * g[i] / width;
+    }
+    for (int64_t i = 0; i < dim; ++i) {
       std::vector<double> before;
-      for (const auto& slot : wanted) before.push_back(slot[i]);
-      const std::vector<double> after = Formula(name, hyperparameters, sums[i], before);
-      ok = after.size() == before.size();
-      for (size_t k = 0; ok && k < after.size(); ++k) ok = Near(state[k][i], static_cast<float>(after[k]));
+      for (int k = 0; k <= rule.num_slots; ++k) before.push_back(wanted[k][r * columns(k) + (columns(k) == 1 ? 0 : i)]);
+      std::vector<double> after = before;
+      if (touched[r]) {
+        after[0] -= options.decay * after[0];
+        after = Formula(name, hyperparameters, g[i], mean_square, after);
+        ok = ok && after.size() == before.size();
+        if (!ok) break;
+        after[0] = std::fmin(std::fmax(after[0], options.min), options.max);
+      }
+      for (int k = 0; k <= rule.num_slots; ++k) {
+        const float got = state[k][r * columns(k) + (columns(k) == 1 ? 0 : i)], value = static_cast<float>(after[k]);
+        ok = ok && (touched[r] ? Near(got, value) : got == value);
+      }
     }
     if (!ok) return Expect(false, std::string(kernels.isa) + ": " + name + ", dim " + std::to_string(dim));
   }
@@ -240,7 +276,10 @@ int main() {
         TestLookup(kernels, random, dim, minibatches, damaged);
         for (int rule = 0; rule < kernels.num_rules; ++rule) {
           for (const auto& hyperparameters : HyperparametersOf(kernels.rules[rule].name)) {
-            TestUpdate(kernels, kernels.rules[rule], random, dim, minibatches, damaged, hyperparameters);
+            const embax::RowRule& r = kernels.rules[rule];
+            TestUpdate(kernels, r, random, dim, minibatches, damaged, hyperparameters);
+            TestUpdate(kernels, r, random, dim, minibatches, damaged, hyperparameters, {0.6f, 1.5f, 0.2f, -0.4f, 0.5f, 0.1f});
+            TestUpdate(kernels, r, random, dim, minibatches, damaged, hyperparameters, {kNone, 0.3f, 0, -kNone, 0.2f, 0});
           }
         }
       }

@@ -57,5 +57,8 @@ from embax.optimizers import FTRLSlotVariables as FTRLSlotVariables
 from embax.optimizers import LaPropOptimizerSpec as LaPropOptimizerSpec
 from embax.optimizers import LaPropSlotVariables as LaPropSlotVariables
 from embax.optimizers import OptimizerSpec as OptimizerSpec
+from embax.optimizers import RowWiseAdagradOptimizerSpec as RowWiseAdagradOptimizerSpec
+from embax.optimizers import RowWiseAdagradSlotVariables as RowWiseAdagradSlotVariables
+from embax.optimizers import RowWiseAdamOptimizerSpec as RowWiseAdamOptimizerSpec
 from embax.optimizers import SGDOptimizerSpec as SGDOptimizerSpec
 from embax.optimizers import SGDSlotVariables as SGDSlotVariables

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from embax._checks import is_finite_number
 from embax._ops.geometry import make_geometry
 from embax._ops.lookup import lookup_stacks
+from embax._ops.row_update import NO_LIMITS, RowLimits
 from embax._ops.unstack import stack_gradients, unstack_activations
 from embax._ops.update import update_stacks
 from embax._preprocess.arrays import beyond_int64, find, to_numpy
 from embax._preprocess.buffers import PreprocessedInput
 from embax._specs import FeatureSpec
 from embax._stacking.layout import physical_rows
-from embax._stacking.plan import FeaturePlan, Plan, make_plan
+from embax._stacking.plan import FeaturePlan, Plan, StackPlan, make_plan
 from embax._types import PyTreeDef
 from embax._variables import EmbeddingVariables
 
@@ -39,6 +41,36 @@ def _flatten_like(tree: Any, structure: PyTreeDef, what: str) -> list[jax.Array]
     return leaves
 
 
+def _slot_names(stack: StackPlan) -> Sequence[str]:
+    slots = stack.optimizer.slot_variables_initializers()
+    return getattr(slots, "_fields", range(len(slots)))
+
+
+def _checked_limits(limits: Mapping[str, Any] | None, plan: Plan) -> list[RowLimits]:
+    """Limits of each stack's new rows, from a mapping by the names of some stacks."""
+    names = [stack.name for stack in plan.stacks]
+    if limits is None:
+        return [NO_LIMITS] * len(names)
+    remedy = "Pass a dict of (min, max), either of which may be None, by the names of stacks."
+    if not isinstance(limits, Mapping):
+        raise ValueError(f"embedding_var_limits is a {type(limits).__name__}. {remedy}")
+    if unknown := sorted(set(limits) - set(names)):
+        raise ValueError(f"embedding_var_limits has {unknown}, which are no stacks; the stacks are {names}. {remedy}")
+    checked = []
+    for name in names:
+        pair = limits.get(name, NO_LIMITS)
+        numbers = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        numbers = numbers and all(end is None or is_finite_number(end) for end in pair)
+        low, high = pair if numbers else NO_LIMITS
+        if not numbers or (low is not None and high is not None and low > high):
+            raise ValueError(
+                f"embedding_var_limits of stack {name!r} is {pair!r}; it must be two finite numbers (min, max) in this order, "
+                "or None for no limit."
+            )
+        checked.append(tuple(None if end is None else float(end) for end in pair))
+    return checked
+
+
 def check_variables(variables: Mapping[str, Any], plan: Plan) -> None:
     """Raises a ValueError unless `variables` hold table and slots of every stack, in shape and dtype."""
     if not isinstance(variables, Mapping):
@@ -49,18 +81,19 @@ def check_variables(variables: Mapping[str, Any], plan: Plan) -> None:
     if expected != given:
         raise ValueError(f"The variables are of the stacks {sorted(given)}, the specs have {sorted(expected)}.")
     for stack in plan.stacks:
-        arrays = jax.tree.leaves(variables[stack.name])
-        if len(arrays) != stack.num_states:
+        arrays, shapes = jax.tree.leaves(variables[stack.name]), stack.state_shapes
+        if len(arrays) != len(shapes):
             raise ValueError(
-                f"Stack {stack.name!r} has {len(arrays)} arrays; {type(stack.optimizer).__name__} needs {stack.num_states}, "
+                f"Stack {stack.name!r} has {len(arrays)} arrays; {type(stack.optimizer).__name__} needs {len(shapes)}, "
                 "the table and its slots. Make them with embax.init_embedding_variables."
             )
-        for array in arrays:
+        for number, (array, wanted) in enumerate(zip(arrays, shapes, strict=True)):
             shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", type(array).__name__)
-            if shape != stack.shape or dtype != jnp.float32:
+            if shape != wanted or dtype != jnp.float32:
+                what = f"slot {_slot_names(stack)[number - 1]!r}" if number else "table"
                 raise ValueError(
-                    f"Stack {stack.name!r} has an array {dtype}{list(shape)}; table and slots must be "
-                    f"float32{list(stack.shape)}. Make them with embax.init_embedding_variables from these specs."
+                    f"Stack {stack.name!r} has as {what} an array {dtype}{list(shape)}; {type(stack.optimizer).__name__} needs "
+                    f"float32{list(wanted)}. Make it with embax.init_embedding_variables from these specs."
                 )
             if isinstance(array, jax.Array) and not isinstance(array, Tracer) and len(array.devices()) > 1:
                 raise ValueError(
@@ -102,8 +135,9 @@ def update_features(
     plan: Plan,
     step: int | jax.Array | None,
     after: Sequence[jax.Array],
+    limits: Sequence[RowLimits] | None = None,
 ) -> dict[str, Any]:
-    """New variables from the gradients of each feature's activations; `after` as in `update_stacks`."""
+    """New variables from the gradients of each feature's activations; `after` and `limits` as in `update_stacks`."""
     check_variables(variables, plan)
     geometry = make_geometry(plan, packed)
     stacked = []
@@ -117,10 +151,11 @@ def update_features(
         packed,
         stacked,
         [tuple(jax.tree.leaves(variables[stack.name])) for stack in plan.stacks],
-        [stack.optimizer.get_hyperparameters(step) for stack in plan.stacks],
         after,
         geometry,
-        tuple(stack.optimizer for stack in plan.stacks),
+        [stack.optimizer for stack in plan.stacks],
+        step,
+        limits,
     )
     structures = [jax.tree.structure(variables[stack.name]) for stack in plan.stacks]
     return {
@@ -159,6 +194,7 @@ def apply_gradients(
     specs: Any,
     step: int | jax.Array | None = None,
     activations: Any = None,
+    embedding_var_limits: Mapping[str, tuple[float | None, float | None]] | None = None,
 ) -> dict[str, EmbeddingVariables]:
     """Takes one optimizer step on every row that a packed batch touched, and on no other.
 
@@ -173,6 +209,8 @@ def apply_gradients(
         step: the number of the step, for schedules and for optimizers that need it (Adam, F2A).
         activations: what `lookup` returned in the same jitted step. With them XLA sees that the lookup comes first; without
             them it may copy the tables, if the gradients do not depend on the activations (a loss linear in them).
+        embedding_var_limits: `(min, max)` by the name of a stack: the new rows of its table are clipped to this range; slots
+            and rows that the batch did not touch are not. None, or a stack that is left out, is no limit.
 
     Returns:
         The new variables.
@@ -197,7 +235,7 @@ def apply_gradients(
                 check_activations("activation", feature, batch, by_leaf[feature.leaf])
             after.append(by_leaf[stack.features[0].leaf])
     leaves = _flatten_like(gradients, structure, "gradients")
-    return update_features(leaves, packed, variables, plan, step, after)
+    return update_features(leaves, packed, variables, plan, step, after, _checked_limits(embedding_var_limits, plan))
 
 
 def read_rows(variables: Mapping[str, EmbeddingVariables], table: str, ids: Any, *, specs: Any) -> jax.Array:

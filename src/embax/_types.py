@@ -42,3 +42,10 @@ else:
                 return object
 
         Bool = Float = Float32 = Int = Int32 = Shaped = UInt32 = _Unchecked
+
+Rows: TypeAlias = Float[Array, "rows dim"]
+"""Rows of a table or of a slot."""
+RowSlots: TypeAlias = tuple[Float[Array, "rows _"], ...]
+"""Rows of slots: as wide as those of the table, or one value each."""
+Scalars: TypeAlias = tuple[Float[Array, "..."], ...]
+"""Hyperparameters of a rule."""

@@ -22,7 +22,7 @@ class EmbeddingVariables(NamedTuple):
 
     Args:
         table: float32[rows, dim].
-        slot: slot variables of the optimizer, a NamedTuple of arrays like `table`.
+        slot: slot variables of the optimizer, a NamedTuple of arrays like `table`, or float32[rows] of one value a row.
     """
 
     table: Any
@@ -114,15 +114,25 @@ def _place(stacked: jax.Array, values: jax.Array, placement: RowPlacement, *, nu
     return stacked.at[rows, : values.shape[1]].set(values, unique_indices=True)
 
 
-def _chunk_rows(table: TablePlan) -> int:
+def _chunk_rows(table: TablePlan, dim: int) -> int:
     """Rows of a chunk, a power of two: about `CHUNK_ELEMENTS` elements, and not many more than the table has."""
-    by_memory = max(CHUNK_ELEMENTS // table.embedding_dim, 1)
+    by_memory = max(CHUNK_ELEMENTS // dim, 1)
     return 1 << min(by_memory.bit_length() - 1, (table.vocabulary_size - 1).bit_length())
 
 
-def _initialize(key: jax.Array, plan: Plan, stack: StackPlan, initializers: dict[str, Initializer]) -> jax.Array:
-    """One array of a stack; `initializers` by table name. What belongs to no table is 0, or the constant."""
-    num_rows, dim = stack.shape
+@functools.partial(jax.jit, donate_argnames="column")
+def _one_value_a_row(column: jax.Array) -> jax.Array:
+    return column.reshape(-1)
+
+
+def _initialize(
+    key: jax.Array, plan: Plan, stack: StackPlan, initializers: dict[str, Initializer], shape: tuple[int, ...]
+) -> jax.Array:
+    """One array of a stack; `initializers` by table name. What belongs to no table is 0, or the constant.
+
+    One value a row is made as a matrix of one column, which every initializer can draw.
+    """
+    num_rows, dim = (*shape, 1)[:2]
     first = initializers[stack.tables[0].name]
     filled = _same_for_every_row(first)
     stacked = _fill(first(key, (1, dim), jnp.float32)[0] if filled else jnp.zeros(dim, jnp.float32), num_rows)
@@ -131,26 +141,27 @@ def _initialize(key: jax.Array, plan: Plan, stack: StackPlan, initializers: dict
         if filled and initializer is first:
             continue
         table_key = jax.random.fold_in(key, zlib.crc32(table.name.encode()))
+        columns = table.embedding_dim if len(shape) == 2 else 1
         if _independent_of_shape(initializer):
             stacked = _draw_by_chunks(
                 stacked,
                 table_key,
                 table.rows,
                 initializer=_ByValue.of(initializer),
-                chunk_rows=_chunk_rows(table),
-                dim=table.embedding_dim,
+                chunk_rows=_chunk_rows(table, columns),
+                dim=columns,
                 num_sparsecores=plan.num_sparsecores,
             )
         else:
-            shape = (table.vocabulary_size, table.embedding_dim)
-            values = jnp.asarray(initializer(table_key, shape, jnp.float32))
-            if values.shape != shape or values.dtype != jnp.float32:
+            wanted = (table.vocabulary_size, columns)
+            values = jnp.asarray(initializer(table_key, wanted, jnp.float32))
+            if values.shape != wanted or values.dtype != jnp.float32:
                 raise ValueError(
                     f"Table {table.name!r}: an initializer returned {values.dtype}{list(values.shape)}; it must return "
-                    f"float32{list(shape)}."
+                    f"float32{list(wanted)}."
                 )
             stacked = _place(stacked, values, table.rows, num_sparsecores=plan.num_sparsecores)
-    return stacked
+    return stacked if len(shape) == 2 else _one_value_a_row(stacked)
 
 
 def init_embedding_variables(rng: jax.Array, specs: Any) -> dict[str, EmbeddingVariables]:
@@ -166,7 +177,8 @@ def init_embedding_variables(rng: jax.Array, specs: Any) -> dict[str, EmbeddingV
         specs: pytree of placed `FeatureSpec`.
 
     Returns:
-        For each stack its `EmbeddingVariables`: float32[stack_vocab_size, stack_embedding_dim] arrays.
+        For each stack its `EmbeddingVariables`: float32[stack_vocab_size, stack_embedding_dim] arrays, and
+        float32[stack_vocab_size] of slots of one value a row, whose initializer is called for a matrix of one column.
 
     Raises:
         ValueError: the specs have not been placed, or an initializer returned another shape or dtype.
@@ -182,8 +194,10 @@ def init_embedding_variables(rng: jax.Array, specs: Any) -> dict[str, EmbeddingV
     for stack in plan.stacks:
         slots = stack.optimizer.slot_variables_initializers()
         values = [
-            _initialize(jax.random.fold_in(rng, number), plan, stack, by_table)
-            for number, by_table in enumerate([initializers, *(dict.fromkeys(initializers, slot) for slot in slots)])
+            _initialize(jax.random.fold_in(rng, number), plan, stack, by_table, shape)
+            for number, (by_table, shape) in enumerate(
+                zip([initializers, *(dict.fromkeys(initializers, s) for s in slots)], stack.state_shapes, strict=True)
+            )
         ]
         variables[stack.name] = EmbeddingVariables(values[0], type(slots)(*values[1:]))
     return variables

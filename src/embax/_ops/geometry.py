@@ -20,7 +20,10 @@ from embax._stacking.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class StackGeometry:
-    """Where a stack lies in the packed arrays (see `StackLayout`), and how its rows are quantized."""
+    """Where a stack lies in the packed arrays (see `StackLayout`), and how its rows are quantized.
+
+    `width` is the columns that its tables have, where all have the same; else those of the stack.
+    """
 
     name: str
     row_pointers_start: int
@@ -28,6 +31,7 @@ class StackGeometry:
     capacity: int
     samples_per_sparsecore: int
     quantization: tuple[float, float, int] | None
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +162,7 @@ def make_geometry(plan: Plan, packed: PreprocessedInput) -> Geometry:
                 capacity=stack.capacity,
                 samples_per_sparsecore=stack.samples_per_sparsecore(layout.num_sparsecores_per_device),
                 quantization=config.as_tuple() if (config := planned.spec.quantization_config) else None,
+                width=planned.width,
             )
             for planned, stack in zip(plan.stacks, layout.stacks, strict=True)
         ),

@@ -25,11 +25,11 @@ def lookup_stacks(packed: PreprocessedInput, tables: Sequence[jax.Array], geomet
 
     Args:
         packed: a batch packed for one device.
-        tables: float32[rows, dim] of each stack.
+        tables: float32[rows, dim] of each stack, or float32[rows].
         geometry: static.
 
     Returns:
-        float32[num_sparsecores * samples_per_sparsecore, dim] of each stack.
+        float32[num_sparsecores * samples_per_sparsecore, dim] of each stack, without dim where its table has none.
     """
     return lookup_p.bind(
         *packed_operands(packed),
@@ -45,6 +45,18 @@ def _quantize(rows: jax.Array, quantization: tuple[float, float, int] | None) ->
     low, high, buckets = quantization
     step = jnp.float32((high - low) / (buckets - 1))
     return jnp.round((jnp.clip(rows, low, high) - low) / step) * step + low
+
+
+def _as_matrices(lookup):
+    """`lookup(arrays, tables, geometry)`, which takes matrices alone, as a lowering; a vector is a matrix of one column."""
+
+    def wrapped(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
+        del backend
+        matrices = [table[:, None] if table.ndim == 1 else table for table in tables]
+        found = lookup((row_pointers, ids, samples, gains, num_minibatches), matrices, geometry)
+        return [rows.reshape(-1) if table.ndim == 1 else rows for rows, table in zip(found, tables, strict=True)]
+
+    return mlir.lower_fun(wrapped, multiple_results=True)
 
 
 def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGeometry) -> jax.Array:
@@ -64,9 +76,7 @@ def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGe
     return jnp.where(present[:, None], sums[last], 0.0)
 
 
-def _portable(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
-    del backend
-    arrays = (row_pointers, ids, samples, gains, num_minibatches)
+def _portable(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
     return [
         _portable_stack(arrays, table, geometry, stack) for table, stack in zip(tables, geometry.stacks, strict=True)
     ]
@@ -86,7 +96,7 @@ def _run(*operands, **params):
 def _shapes(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
     del row_pointers, ids, samples, gains, num_minibatches, backend
     return [
-        jax.core.ShapedArray((geometry.num_samples(stack), table.shape[1]), table.dtype)
+        jax.core.ShapedArray((geometry.num_samples(stack), *table.shape[1:]), table.dtype)
         for table, stack in zip(tables, geometry.stacks, strict=True)
     ]
 
@@ -97,13 +107,13 @@ refuse_transformations(
     batching="Make one larger batch instead, or several features.",
 )
 
-_lower_portable = mlir.lower_fun(_portable, multiple_results=True)
+_lower_portable = _as_matrices(_portable)
+_lower_native = _as_matrices(native.lookup)
 
 
-def _lower_cpu(context, *operands, geometry: Geometry, backend: str):
-    if backend == "native":
-        return native.lower_lookup(context, *operands, geometry=geometry)
-    return _lower_portable(context, *operands, geometry=geometry, backend=backend)
+def _lower_cpu(context, *operands, backend: str, **params):
+    lower = _lower_native if backend == "native" else _lower_portable
+    return lower(context, *operands, backend=backend, **params)
 
 
 mlir.register_lowering(lookup_p, _lower_portable)

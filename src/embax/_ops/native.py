@@ -2,12 +2,15 @@
 
 import functools
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from embax import _native
 from embax._ops.geometry import Geometry
+from embax._ops.row_update import RowLimits
 from embax.optimizers import OptimizerSpec
 
 ROW_RULES: dict[str, tuple[int, int, int]] = _native.row_rules()
@@ -50,29 +53,90 @@ def _quantization(geometry: Geometry) -> np.ndarray:
     return np.array(triples, np.float32)
 
 
-def lower_lookup(context, *operands, geometry: Geometry):
-    """MLIR of `lookup_p` on CPU."""
+def _packed_attributes(geometry: Geometry) -> dict[str, Any]:
+    return {
+        "num_sparsecores": np.int64(geometry.num_sparsecores),
+        "max_minibatches": np.int64(geometry.max_minibatches),
+        "stacks": geometry.offsets(),
+    }
+
+
+def lookup(packed: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> Sequence[jax.Array]:
+    """`lookup_p` on CPU.
+
+    Args:
+        packed: the arrays of the batch.
+        tables: float32[rows, dim] of each stack.
+        geometry: static.
+
+    Returns:
+        float32[samples, dim] of each stack.
+    """
     register()
-    return jax.ffi.ffi_lowering("embax_lookup")(
-        context,
-        *operands,
-        num_sparsecores=np.int64(geometry.num_sparsecores),
-        max_minibatches=np.int64(geometry.max_minibatches),
-        stacks=geometry.offsets(),
-        quantization=_quantization(geometry),
+    shapes = [
+        jax.ShapeDtypeStruct((geometry.num_samples(stack), table.shape[1]), table.dtype)
+        for stack, table in zip(geometry.stacks, tables, strict=True)
+    ]
+    return jax.ffi.ffi_call("embax_lookup", shapes)(
+        *packed, *tables, **_packed_attributes(geometry), quantization=_quantization(geometry)
     )
 
 
-def lower_update(context, *operands, geometry: Geometry, optimizers: tuple[OptimizerSpec, ...]):
-    """MLIR of `update_p` on CPU: the results take the place of the tables and slots."""
+def _row_options(
+    geometry: Geometry, optimizers: Sequence[OptimizerSpec], limits: Sequence[RowLimits]
+) -> np.ndarray:
+    """float32[6 * stacks]: see `RowOptions` in `csrc/kernels/rows.h`; infinite where there is no limit."""
+    options = []
+    for stack, optimizer, (low, high) in zip(geometry.stacks, optimizers, limits, strict=True):
+        clips = (optimizer.clip_gradient_value, optimizer.clip_gradient_norm)
+        options += [
+            *(np.inf if clip is None else clip for clip in clips),
+            optimizer.l2,
+            -np.inf if low is None else low,
+            np.inf if high is None else high,
+            stack.width,
+        ]
+    return np.array(options, np.float32)
+
+
+def update(
+    packed: Sequence[jax.Array],
+    hyperparameters: jax.Array,
+    operands: Sequence[jax.Array],
+    *,
+    geometry: Geometry,
+    optimizers: Sequence[OptimizerSpec],
+    num_hyperparameters: Sequence[int],
+    limits: Sequence[RowLimits],
+) -> Sequence[jax.Array]:
+    """`update_p` on CPU: the results take the place of the tables and slots.
+
+    Args:
+        packed: the arrays of the batch.
+        hyperparameters: those of all stacks.
+        operands: gradients, tables and slots as matrices, and what orders the update.
+        geometry: static.
+        optimizers: of each stack.
+        num_hyperparameters: of each stack: those of its rule, and one more where rows decay apart from it.
+        limits: of each stack.
+
+    Returns:
+        Table and slots of each stack, as matrices.
+    """
     register()
-    first_state = 6 + len(optimizers)
-    num_states = len(context.avals_out)
-    return jax.ffi.ffi_lowering("embax_update", operand_output_aliases={first_state + k: k for k in range(num_states)})(
-        context,
+    num_states = sum(1 + optimizer.slot_variables_count() for optimizer in optimizers)
+    states = operands[len(optimizers) :][:num_states]
+    first_state = len(packed) + 1 + len(optimizers)
+    return jax.ffi.ffi_call(
+        "embax_update",
+        [jax.ShapeDtypeStruct(state.shape, state.dtype) for state in states],
+        input_output_aliases={first_state + k: k for k in range(num_states)},
+    )(
+        *packed,
+        hyperparameters,
         *operands,
-        num_sparsecores=np.int64(geometry.num_sparsecores),
-        max_minibatches=np.int64(geometry.max_minibatches),
-        stacks=geometry.offsets(),
+        **_packed_attributes(geometry),
         rules=np.array([ROW_RULES[optimizer.native_rule][0] for optimizer in optimizers], np.int64),
+        num_hyperparameters=np.array(num_hyperparameters, np.int64),
+        options=_row_options(geometry, optimizers, limits),
     )

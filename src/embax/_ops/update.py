@@ -1,5 +1,6 @@
 """The update primitive: gradients of activations into tables and slots, in place."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from embax._ops import native
 from embax._ops.backend import chosen_backend, warn_slow_path
 from embax._ops.geometry import Geometry, StackGeometry, packed_operands
 from embax._ops.refusals import refuse_transformations
+from embax._ops.row_update import NO_LIMITS, RowLimits, hyperparameters_of, new_rows
 from embax._ops.segments import entries_of, physical_rows, sum_runs
 from embax._preprocess.buffers import PreprocessedInput
 from embax.optimizers import OptimizerSpec
@@ -26,38 +28,55 @@ def update_stacks(
     packed: PreprocessedInput,
     gradients: Sequence[jax.Array],
     states: Sequence[tuple[jax.Array, ...]],
-    hyperparameters: Sequence[tuple[jax.Array, ...]],
     after: Sequence[jax.Array],
     geometry: Geometry,
-    optimizers: tuple[OptimizerSpec, ...],
+    optimizers: Sequence[OptimizerSpec],
+    step: int | jax.Array | None = None,
+    limits: Sequence[RowLimits] | None = None,
 ) -> list[tuple[jax.Array, ...]]:
     """Updates the rows that a batch touched, each once.
 
     Args:
         packed: the batch that the lookup took.
         gradients: float32[samples, dim] of each stack, shaped like its activations.
-        states: table and slots of each stack, float32[rows, dim].
-        hyperparameters: float32 scalars of each stack's optimizer.
+        states: table and slots of each stack, float32[rows, dim], or float32[rows] for a slot of one value a row. A table of
+            rank 1, float32[rows], is one of one column; its gradients are float32[samples].
         after: nothing, or an array of each stack that was computed from its lookup. It is not read, but makes the update
             wait for the lookup: XLA copies the table where it cannot see that order.
         geometry: static.
         optimizers: of each stack, static.
+        step: for schedules and for optimizers that need it.
+        limits: of each stack, static: what the new rows of its table are clipped to.
 
     Returns:
         New table and slots of each stack.
     """
-    new = update_p.bind(
-        *packed_operands(packed),
-        jnp.stack([scalar for scalars in hyperparameters for scalar in scalars]),
-        *gradients,
-        *(array for state in states for array in state),
-        *after,
-        geometry=geometry,
-        optimizers=optimizers,
-        num_hyperparameters=tuple(map(len, hyperparameters)),
-        backend=chosen_backend(),
-    )
-    return _grouped(new, [len(state) for state in states])
+    new: list[tuple[jax.Array, ...]] = [()] * len(optimizers)
+    # What has no row rule in C++ is a call of its own, so that the others keep theirs.
+    for native_rule in (True, False):
+        chosen = [k for k, optimizer in enumerate(optimizers) if native.has_rule(optimizer) == native_rule]
+        if not chosen:
+            continue
+        hyperparameters = [hyperparameters_of(optimizers[k], step) for k in chosen]
+        flat = update_p.bind(
+            *packed_operands(packed),
+            _one_array([scalar for scalars in hyperparameters for scalar in scalars]),
+            *(gradients[k] for k in chosen),
+            *(array for k in chosen for array in states[k]),
+            *(after[k] for k in chosen if after),
+            geometry=dataclasses.replace(geometry, stacks=tuple(geometry.stacks[k] for k in chosen)),
+            optimizers=tuple(optimizers[k] for k in chosen),
+            num_hyperparameters=tuple(map(len, hyperparameters)),
+            limits=tuple(limits[k] if limits else NO_LIMITS for k in chosen),
+            backend=chosen_backend(),
+        )
+        for k, state in zip(chosen, _grouped(flat, [len(states[k]) for k in chosen]), strict=True):
+            new[k] = state
+    return new
+
+
+def _one_array(scalars: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack(scalars) if scalars else jnp.zeros(0, jnp.float32)
 
 
 def _grouped(flat: Sequence, sizes: Sequence[int]) -> list[tuple]:
@@ -75,6 +94,11 @@ def _opaque_zero(after: jax.Array) -> jax.Array:
     return jax.lax.population_count(bits) >> 6
 
 
+def _columns(array: jax.Array) -> jax.Array:
+    """A matrix as it is, an array of one value a row as a matrix of one column."""
+    return array[:, None] if array.ndim == 1 else array
+
+
 def _portable_stack(
     arrays,
     gradient: jax.Array,
@@ -84,15 +108,16 @@ def _portable_stack(
     geometry: Geometry,
     stack: StackGeometry,
     optimizer: OptimizerSpec,
-) -> tuple[jax.Array, ...]:
-    num_rows = state[0].shape[0]
+    limits: RowLimits,
+) -> list[jax.Array]:
+    num_rows, dim = state[0].shape
     if num_rows + stack.capacity > INT32_MAX:
         raise ValueError(
             f"Stack {stack.name!r}: {num_rows} rows and a buffer of {stack.capacity} entries are more than int32 counts, "
             f"{INT32_MAX}, which the portable backend needs; split the table."
         )
     if stack.capacity == 0 or geometry.num_samples(stack) == 0:
-        return state
+        return list(state)
     partition, ids, sample, gain = entries_of(*arrays, geometry=geometry, stack=stack)
     if after is not None:
         ids = ids + _opaque_zero(after)
@@ -107,15 +132,26 @@ def _portable_stack(
     touched = jnp.where(is_last & (rows < num_rows), rows, padding)
     compact = jnp.argsort(touched)
     touched = touched[compact]
+    # A rule that mixes the elements of a row must not see the columns that only the stack has.
+    width = dim if optimizer.elementwise else stack.width
     old = [
-        array.at[touched].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
+        array.at[touched, :width].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
         for array in state
     ]
-    table, slots = optimizer.update_rows(sums[compact], old[0], tuple(old[1:]), hyperparameters)
-    return tuple(
-        array.at[touched].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)
-        for array, rows in zip(state, (table, *slots), strict=True)
-    )
+    new, slots = new_rows(optimizer, limits, sums[compact, :width], old[0], tuple(old[1:]), hyperparameters)
+    return [
+        array.at[touched, :width].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)
+        for array, rows in zip(state, (new, *slots), strict=True)
+    ]
+
+
+def _split(
+    operands: Sequence[jax.Array], optimizers: tuple[OptimizerSpec, ...]
+) -> tuple[tuple[jax.Array, ...], list[tuple[jax.Array, ...]], tuple[jax.Array, ...]]:
+    """Gradient of each stack, table and slots of each stack, and what orders the update, if anything."""
+    sizes = [1 + optimizer.slot_variables_count() for optimizer in optimizers]
+    gradients, states, after = _grouped(operands, [len(sizes), sum(sizes), len(operands)])
+    return gradients, _grouped(states, sizes), after
 
 
 def _portable(
@@ -129,18 +165,27 @@ def _portable(
     geometry: Geometry,
     optimizers: tuple[OptimizerSpec, ...],
     num_hyperparameters: tuple[int, ...],
+    limits: tuple[RowLimits, ...],
     backend: str,
 ):
     del backend
     arrays = (row_pointers, ids, samples, gains, num_minibatches)
-    num_stacks = len(optimizers)
-    sizes = [1 + optimizer.slot_variables_count() for optimizer in optimizers]
-    gradients, states, after = _grouped(operands, [num_stacks, sum(sizes), len(operands)])
+    gradients, states, after = _split(operands, optimizers)
     scalars = _grouped(list(hyperparameters), num_hyperparameters)
     results = []
-    for k, (state, stack) in enumerate(zip(_grouped(states, sizes), geometry.stacks, strict=True)):
-        order = after[k] if after and after[k].size else None
-        results += _portable_stack(arrays, gradients[k], state, scalars[k], order, geometry, stack, optimizers[k])
+    for k, stack in enumerate(geometry.stacks):
+        new = _portable_stack(
+            arrays,
+            _columns(gradients[k]),
+            tuple(map(_columns, states[k])),
+            scalars[k],
+            after[k] if after and after[k].size else None,
+            geometry,
+            stack,
+            optimizers[k],
+            limits[k],
+        )
+        results += [array.reshape(old.shape) for array, old in zip(new, states[k], strict=True)]
     return results
 
 
@@ -171,16 +216,49 @@ refuse_transformations(
 _lower_portable = mlir.lower_fun(_portable, multiple_results=True)
 
 
-def _lower_cpu(context, *operands, geometry: Geometry, optimizers: tuple[OptimizerSpec, ...], backend: str, **params):
+def _native(
+    row_pointers,
+    ids,
+    samples,
+    gains,
+    num_minibatches,
+    hyperparameters,
+    *operands,
+    geometry: Geometry,
+    optimizers: tuple[OptimizerSpec, ...],
+    num_hyperparameters: tuple[int, ...],
+    limits: tuple[RowLimits, ...],
+    backend: str,
+):
+    del backend
+    _, states, _ = _split(operands, optimizers)
+    new = native.update(
+        (row_pointers, ids, samples, gains, num_minibatches),
+        hyperparameters,
+        [_columns(operand) for operand in operands],
+        geometry=geometry,
+        optimizers=optimizers,
+        num_hyperparameters=num_hyperparameters,
+        limits=limits,
+    )
+    old = [array for state in states for array in state]
+    return [array.reshape(before.shape) for array, before in zip(new, old, strict=True)]
+
+
+_lower_native = mlir.lower_fun(_native, multiple_results=True)
+
+
+def _lower_cpu(context, *operands, optimizers: tuple[OptimizerSpec, ...], backend: str, **params):
     without_rule = sorted({type(optimizer).__name__ for optimizer in optimizers if not native.has_rule(optimizer)})
+    lower = _lower_portable
     if backend == "native" and not without_rule:
-        return native.lower_update(context, *operands, geometry=geometry, optimizers=optimizers)
-    if backend == "native":
+        lower = _lower_native
+    elif backend == "native":
         warn_slow_path(
-            f"{', '.join(without_rule)} has no native row rule: the update of this step runs in plain JAX operations, for all "
-            'its stacks. embax.use_backend("portable") chooses that without this warning.'
+            f"{', '.join(without_rule)} has no native row rule: its updates run in plain JAX operations, which are slower on "
+            'CPU. embax.use_backend("portable") chooses that without this warning.'
         )
-    return _lower_portable(context, *operands, geometry=geometry, optimizers=optimizers, backend=backend, **params)
+    return lower(context, *operands, optimizers=optimizers, backend=backend, **params)
 
 
 mlir.register_lowering(update_p, _lower_portable)

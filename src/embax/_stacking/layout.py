@@ -50,45 +50,57 @@ def logical_rows(
     return table, ids, (ids >= 0) & (ids < vocabularies[table])
 
 
+def of_table(shape: tuple[int, ...], table: TablePlan) -> tuple[int, ...]:
+    """The shape of one table in an array of `shape`, [rows, dim], or [rows] of one value a row, of its stack."""
+    return (table.vocabulary_size, table.embedding_dim)[: len(shape)]
+
+
+def _columns(array: Any, table: TablePlan) -> Any:
+    """The columns of a table in the last dimension of [..., dim] shards; one value a row has none."""
+    return (..., slice(table.embedding_dim)) if array.ndim == 3 else ...
+
+
 def take_table(stacked: Any, table: TablePlan, num_sparsecores: int) -> Any:
     """The rows and columns of one table, in logical order.
 
     Args:
-        stacked: [rows, dim] array of the stack, NumPy or JAX.
+        stacked: [rows, dim] or [rows] array of the stack, NumPy or JAX.
         table: the table's place.
         num_sparsecores: SparseCores that the stack is laid out for.
 
     Returns:
-        [table.vocabulary_size, table.embedding_dim] array of the same kind.
+        [table.vocabulary_size, table.embedding_dim] array of the same kind, or [table.vocabulary_size].
     """
     xp = np if isinstance(stacked, np.ndarray) else jnp
     rows_per_sparsecore = -(-table.vocabulary_size // num_sparsecores)
     start = table.rows.row_offset_in_shard
-    shards = stacked.reshape(num_sparsecores, -1, stacked.shape[-1])
-    shards = shards[:, start : start + rows_per_sparsecore, : table.embedding_dim]
+    shards = stacked.reshape(num_sparsecores, -1, *stacked.shape[1:])
+    shards = shards[:, start : start + rows_per_sparsecore]
+    shards = shards[_columns(shards, table)]
     by_row = xp.swapaxes(xp.roll(shards, -table.rows.rotation, axis=0), 0, 1)
-    return by_row.reshape(-1, table.embedding_dim)[: table.vocabulary_size]
+    return by_row.reshape(-1, *by_row.shape[2:])[: table.vocabulary_size]
 
 
 def put_table(stacked: np.ndarray, values: np.ndarray, table: TablePlan, num_sparsecores: int) -> None:
     """Writes one table into its place in `stacked`, the inverse of `take_table`; all else stays.
 
     Args:
-        stacked: [rows, dim] C-contiguous array of the stack, changed in place.
-        values: [table.vocabulary_size, table.embedding_dim].
+        stacked: [rows, dim] or [rows] C-contiguous array of the stack, changed in place.
+        values: [table.vocabulary_size, table.embedding_dim], or [table.vocabulary_size].
         table: the table's place.
         num_sparsecores: SparseCores that the stack is laid out for.
     """
-    shards = stacked.reshape(num_sparsecores, -1, stacked.shape[-1])
+    shards = stacked.reshape(num_sparsecores, -1, *stacked.shape[1:])
+    shards = shards[_columns(shards, table)]
     for remainder in range(min(num_sparsecores, table.vocabulary_size)):
         rows = values[remainder::num_sparsecores]
         sparsecore = (remainder + table.rows.rotation) % num_sparsecores
         start = table.rows.row_offset_in_shard
-        shards[sparsecore, start : start + len(rows), : table.embedding_dim] = rows
+        shards[sparsecore, start : start + len(rows)] = rows
 
 
 def join_tables(
-    filler: Any, values: Sequence[Any], tables: Sequence[TablePlan], shape: tuple[int, int], num_sparsecores: int
+    filler: Any, values: Sequence[Any], tables: Sequence[TablePlan], shape: tuple[int, ...], num_sparsecores: int
 ) -> Any:
     """The stack that holds all its tables: what filling it and `put_table` of each make, in JAX.
 
@@ -97,17 +109,18 @@ def join_tables(
 
     Args:
         filler: scalar array of the tables' dtype, what belongs to no table.
-        values: [vocabulary_size, embedding_dim] array of each table.
+        values: [vocabulary_size, embedding_dim] array of each table, or [vocabulary_size].
         tables: all tables of the stack, by ascending `row_offset_in_shard`, the first at 0.
-        shape: rows and columns of the stack.
+        shape: rows and columns of the stack, or rows alone.
         num_sparsecores: SparseCores that the stack is laid out for.
     """
-    num_rows, dim = shape
+    num_rows, *columns = shape
     ends = [*(table.rows.row_offset_in_shard for table in tables[1:]), num_rows // num_sparsecores]
     blocks = []
     for value, table, end in zip(values, tables, ends, strict=True):
         padding = (end - table.rows.row_offset_in_shard) * num_sparsecores - table.vocabulary_size
-        padded = jnp.pad(value, ((0, padding), (0, dim - table.embedding_dim)), constant_values=filler)
-        by_sparsecore = jnp.swapaxes(padded.reshape(-1, num_sparsecores, dim), 0, 1)
+        widths = ((0, padding), *((0, dim - table.embedding_dim) for dim in columns))
+        padded = jnp.pad(value, widths, constant_values=filler)
+        by_sparsecore = jnp.swapaxes(padded.reshape(-1, num_sparsecores, *columns), 0, 1)
         blocks.append(jnp.roll(by_sparsecore, table.rows.rotation, axis=0))
     return jnp.concatenate(blocks, axis=1).reshape(shape)

@@ -68,14 +68,21 @@ class StackPlan:
         return self.spec.optimizer
 
     @property
-    def num_states(self) -> int:
-        """Arrays of the stack: the table and its slots."""
-        return 1 + self.optimizer.slot_variables_count()
-
-    @property
     def shape(self) -> tuple[int, int]:
         """Shape of the stacked table, all devices together."""
         return (self.spec.stack_vocab_size, self.spec.stack_embedding_dim)
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the table and its slots, all devices together."""
+        row_wise = self.optimizer.row_wise_slots()
+        return (self.shape, *(self.shape[:1] if one_value else self.shape for one_value in row_wise))
+
+    @property
+    def width(self) -> int:
+        """Columns of its tables, where all have the same; else those of the stack."""
+        widths = {table.embedding_dim for table in self.tables}
+        return widths.pop() if len(widths) == 1 else self.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,6 +131,12 @@ def _check_stackable(name: str, tables: Sequence[TableSpec], *, fail_on_excess_p
             raise ValueError(
                 f"Stack {name!r}: its tables have different {what}: {values}; stack only tables that share one."
             )
+    widths = {table.name: table.embedding_dim for table in tables}
+    if len(set(widths.values())) > 1 and not tables[0].optimizer.elementwise:
+        raise ValueError(
+            f"Stack {name!r}: its tables have different embedding_dim: {widths}, and {type(tables[0].optimizer).__name__} takes "
+            "the row as a whole, so that columns of padding would change its steps. Stack only tables of one embedding_dim."
+        )
     dims = {table.name: padded_dim(table) for table in tables}
     if len(set(dims.values())) > 1:
         message = (
@@ -241,7 +247,7 @@ def stack_tables(
 
     Raises:
         ValueError: a table is unknown, repeated or stacked already, the stack's name is taken, the tables differ in
-            optimizer, combiner or quantization, other tables are placed for other counts, or an argument or a limit that a
+            optimizer, combiner or quantization, or in `embedding_dim` under a rule that is not elementwise, other tables are placed for other counts, or an argument or a limit that a
             function returns is not what is described here. All specs are then as they were.
     """
     leaves = copied_features(features)
@@ -314,6 +320,8 @@ def auto_stack_tables(
 ) -> Any:
     """Stacks all tables that are not stacked yet with those of the same padded dimension, optimizer, combiner, quantization.
 
+    Under an optimizer whose rule is not elementwise (see `OptimizerSpec.elementwise`), the dimensions themselves are the same.
+
     Args:
         features: pytree of `FeatureSpec`; placements are filled in place.
         global_device_count: devices that the tables are sharded over; None means those of the tables that are placed
@@ -354,7 +362,8 @@ def auto_stack_tables(
             continue
         samples = sum(sample_count(feature) // topology.num_sparsecores for feature in features_of(leaves, [table]))
         activation_bytes[name] = padded_dim(table) * 4 * samples
-        key = (padded_dim(table), table.optimizer, table.combiner, table.quantization_config)
+        dim = padded_dim(table) if table.optimizer.elementwise else table.embedding_dim
+        key = (dim, table.optimizer, table.combiner, table.quantization_config)
         groups.setdefault(key, []).append(name)
     for group in groups.values():
         for names in split_by_activation_memory(group, activation_bytes, options.activation_mem_bytes_limit):

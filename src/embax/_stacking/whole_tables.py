@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from embax._checks import next_multiple
-from embax._stacking.layout import join_tables, put_table, take_table
+from embax._stacking.layout import join_tables, of_table, put_table, take_table
 from embax._stacking.placement import SUBLANES
 from embax._stacking.plan import Plan, StackPlan, TablePlan, make_plan, table_specs
 from embax._stacking.resharding import apply, common_sharding, compiled, for_shape
@@ -31,14 +31,14 @@ def _check_names(what: str, given: Any, expected: Sequence[str]) -> None:
 
 
 def _check_leaves(owner: str, tree: Any, shape: tuple[int, int]) -> list[Any]:
-    """The leaves of a tree of arrays of `shape`."""
+    """The leaves of a tree of arrays of `shape`, or of its rows alone, one value each."""
     leaves = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         where = f"{owner}{jax.tree_util.keystr(path)}"
         if not isinstance(leaf, (np.ndarray, jax.Array)):
             raise ValueError(f"{where} is a {type(leaf).__name__}; it must be a NumPy or JAX array.")
         refuse_masked(where, leaf)
-        if leaf.shape != shape:
+        if leaf.shape not in (shape, shape[:1]):
             raise ValueError(f"{where} has shape {leaf.shape}; the specs say {shape}.")
         leaves.append(leaf)
     return leaves
@@ -73,29 +73,37 @@ def _stack_leaf(
     if len(set(dtypes.values())) > 1:
         given = ", ".join(f"{name!r} {dtype}" for name, dtype in dtypes.items())
         raise ValueError(f"Stack {stack.name!r}: its tables have different dtypes: {given}; convert them to one.")
+    ranks = {table.name: value.ndim for table, value in zip(tables, values, strict=True)}
+    if len(set(ranks.values())) > 1:
+        given = ", ".join(f"{name!r} {rank}" for name, rank in ranks.items())
+        raise ValueError(
+            f"Stack {stack.name!r}: an array has one value a row in some of its tables, and columns in others; its dimensions "
+            f"are {given}. Pass arrays of one rank."
+        )
+    shape = stack.shape[: values[0].ndim]
     filler = _filler(f"Stack {stack.name!r}", pad_value, values[0].dtype)
     if all(isinstance(value, np.ndarray) for value in values):
-        stacked = np.full(stack.shape, filler)
+        stacked = np.full(shape, filler)
         for table, value in zip(tables, values, strict=True):
             put_table(stacked, value, table, plan.num_sparsecores)
         return stacked
     sharding = common_sharding([value for value in values if isinstance(value, jax.Array)])
     if sharding is not None:
-        sharding = for_shape(sharding, sharding.spec, stack.shape)
-    return compiled(join_tables, (tuple(tables), stack.shape, plan.num_sparsecores), sharding, filler, tuple(values))
+        sharding = for_shape(sharding, sharding.spec, shape)
+    return compiled(join_tables, (tuple(tables), shape, plan.num_sparsecores), sharding, filler, tuple(values))
 
 
 def stack_and_shard_tables(tables: Mapping[str, Any], *, specs: Any, pad_value: float = float("nan")) -> dict[str, Any]:
     """Whole tables, and slots, as the arrays of their stacks: the shapes and places of `embax.init_embedding_variables`.
 
     Args:
-        tables: for each table of the specs an array [vocabulary_size, embedding_dim], NumPy or JAX, or a tree of them, such
-            as `embax.EmbeddingVariables`; the trees of the tables of a stack have one structure, and one dtype a leaf.
+        tables: for each table of the specs an array [vocabulary_size, embedding_dim], or [vocabulary_size] of one value a row,
+            NumPy or JAX, or a tree of them, such as `embax.EmbeddingVariables`; the trees of the tables of a stack have one structure, and one dtype a leaf.
         specs: the placed feature tree, with all tables of its stacks.
         pad_value: what rows and columns that belong to no id hold. Training does not read them.
 
     Returns:
-        For each stack the tree of its tables, of arrays [stack_vocab_size, stack_embedding_dim]: new NumPy arrays where all
+        For each stack the tree of its tables, of arrays [stack_vocab_size, stack_embedding_dim] or [stack_vocab_size]: new NumPy arrays where all
         tables are NumPy, else JAX, sharded as the tables are where they all have one `NamedSharding` and it suits.
 
     Raises:
@@ -136,13 +144,13 @@ def unshard_and_unstack_tables(stacked: Mapping[str, Any], *, specs: Any) -> dic
     """Whole tables, and slots, from the arrays of their stacks: the inverse of `embax.stack_and_shard_tables`.
 
     Args:
-        stacked: for each stack of the specs an array [stack_vocab_size, stack_embedding_dim], NumPy or JAX, or a tree of
-            them, such as the variables that training returns.
+        stacked: for each stack of the specs an array [stack_vocab_size, stack_embedding_dim], or [stack_vocab_size], NumPy or
+            JAX, or a tree of them, such as the variables that training returns.
         specs: the placed feature tree.
 
     Returns:
         For each table of the specs, in the order of `embax.get_table_specs`, the tree of its stack, of new arrays
-        [vocabulary_size, embedding_dim] of the same kind and dtype. JAX arrays keep a `NamedSharding` that suits them; a
+        [vocabulary_size, embedding_dim] or [vocabulary_size] of the same kind and dtype. JAX arrays keep a `NamedSharding` that suits them; a
         table whose rows it does not divide is sharded as XLA chooses.
 
     Raises:
@@ -155,7 +163,7 @@ def unshard_and_unstack_tables(stacked: Mapping[str, Any], *, specs: Any) -> dic
         tree = stacked[stack.name]
         leaves, structure = _check_leaves(f"Stack {stack.name!r}", tree, stack.shape), jax.tree.structure(tree)
         for table in stack.tables:
-            shape = (table.vocabulary_size, table.embedding_dim)
             options = (table, plan.num_sparsecores)
-            tables[table.name] = structure.unflatten([apply(take_table, options, a, shape, (0, 1)) for a in leaves])
+            taken = [apply(take_table, options, a, of_table(a.shape, table), tuple(range(a.ndim))) for a in leaves]
+            tables[table.name] = structure.unflatten(taken)
     return {name: tables[name] for name in table_specs(specs)}

@@ -24,17 +24,29 @@ def slot_names(optimizer: OptimizerSpec) -> tuple[str, ...]:
     return tuple(type(optimizer.slot_variables_initializers())._fields)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def row_wise_names(optimizer: Mapping[str, Any]) -> list[str]:
+    """Names of the slots of one value a row, from what a checkpoint says about an optimizer; the first ones said nothing."""
+    return optimizer.get("row_wise_slots", [])
+
+
 def describe_table(table: TableSpec) -> dict[str, Any]:
     """What a checkpoint says about a table."""
     optimizer = table.optimizer
     fields = {field.name: _as_json(getattr(optimizer, field.name)) for field in dataclasses.fields(optimizer)}
+    names = slot_names(optimizer)
+    row_wise = [name for name, one_value in zip(names, optimizer.row_wise_slots(), strict=True) if one_value]
     quantization = table.quantization_config
     return {
         "vocabulary_size": table.vocabulary_size,
         "embedding_dim": table.embedding_dim,
         "combiner": table.combiner,
         "quantization_config": None if quantization is None else dataclasses.asdict(quantization),
-        "optimizer": {"class": type(optimizer).__name__, "slots": list(slot_names(optimizer)), "fields": fields},
+        "optimizer": {
+            "class": type(optimizer).__name__,
+            "slots": list(names),
+            "row_wise_slots": row_wise,
+            "fields": fields,
+        },
     }
 
 
@@ -52,7 +64,9 @@ def describe_features(specs: Any, stored_names: Mapping[str, str]) -> list[dict[
 
 
 def _optimizer_text(optimizer: dict[str, Any]) -> str:
-    return f"{optimizer['class']} (slots: {', '.join(optimizer['slots']) or 'none'})"
+    row_wise = row_wise_names(optimizer)
+    slots = [f"{slot}, one value a row" if slot in row_wise else slot for slot in optimizer["slots"]]
+    return f"{optimizer['class']} (slots: {'; '.join(slots) or 'none'})"
 
 
 def check_tables(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -81,7 +95,7 @@ def check_tables(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]
                     f"say {table[field]}. Give its TableSpec {field}={stored[name][field]}."
                 )
         before, now = stored[name]["optimizer"], table["optimizer"]
-        if (before["class"], before["slots"]) != (now["class"], now["slots"]):
+        if any(before[key] != now[key] for key in ("class", "slots")) or row_wise_names(before) != row_wise_names(now):
             raise CheckpointError(
                 f"Checkpoint {path}: table {name!r} is stored with the optimizer {_optimizer_text(before)}, and the "
                 f"specs say {_optimizer_text(now)}. Give its TableSpec an {before['class']}; its hyperparameters may "

@@ -4,7 +4,7 @@ A checkpoint is a directory of Orbax checkpoints and `embax.json`:
 
     embax.json                  what is stored, and the checksums
     <table>.table/              Orbax checkpoint {"value": float32[vocabulary_size, embedding_dim]}, by row, unpadded
-    <table>.slot.<slot>/        the same for each slot
+    <table>.slot.<slot>/        the same for each slot; float32[vocabulary_size] of one that has one value a row
     extra/                      Orbax checkpoint {"0": ..., "1": ...}: the leaves of what was saved beside the tables
 
 Each array has a checksum of its values as they were in memory, each file one of its bytes, `embax.json` one of its

@@ -9,7 +9,7 @@ import numpy as np
 
 from embax._stacking.plan import Plan, StackPlan, make_plan, table_specs
 from embax._variables import EmbeddingVariables
-from embax.checkpoint._describe import check_tables, describe_table, slot_names
+from embax.checkpoint._describe import check_tables, describe_table, row_wise_names, slot_names
 from embax.checkpoint._errors import CheckpointError
 from embax.checkpoint._extra import NamedLeaf, check_leaves, decode, named_leaves
 from embax.checkpoint._format import EXTRA_DIRECTORY, Stored, check_array, check_files, read_metadata
@@ -19,11 +19,12 @@ from embax.checkpoint._tables import empty_stack, put_logical
 
 
 def read_table(stored: Stored, name: str, label: str) -> np.ndarray:
-    """A table or a slot in logical order, float32[vocabulary_size, embedding_dim], checked."""
+    """A table or a slot in logical order, checked: float32[vocabulary_size, embedding_dim], or float32[vocabulary_size]."""
     table = stored.content["tables"][name]
     array = table["arrays"][label]
     values = read_arrays(stored.path / array["directory"], ["value"])["value"]
-    shape = (table["vocabulary_size"], table["embedding_dim"])
+    one_value = label.removeprefix("slot.") in row_wise_names(table["optimizer"])
+    shape = (table["vocabulary_size"], *(() if one_value else (table["embedding_dim"],)))
     check_array(stored, f"{label.replace('.', ' ')} of table {name!r}", values, shape, "float32", array["checksum"])
     return values
 
@@ -31,8 +32,9 @@ def read_table(stored: Stored, name: str, label: str) -> np.ndarray:
 def read_stack(stored: Stored, plan: Plan, stack: StackPlan, stored_names: Mapping[str, str]) -> EmbeddingVariables:
     """The variables of a stack, on the default device."""
     arrays = []
-    for label in ("table", *(f"slot.{name}" for name in slot_names(stack.optimizer))):
-        stacked = empty_stack(stack)
+    labels = ("table", *(f"slot.{name}" for name in slot_names(stack.optimizer)))
+    for label, shape in zip(labels, stack.state_shapes, strict=True):
+        stacked = empty_stack(shape)
         for table in stack.tables:
             values = read_table(stored, stored_names[table.name], label)
             stacked = put_logical(stacked, values, table, plan.num_sparsecores)

@@ -7,28 +7,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from embax._stacking.layout import physical_rows, take_table
-from embax._stacking.plan import RowPlacement, StackPlan, TablePlan
+from embax._stacking.layout import of_table, physical_rows, take_table
+from embax._stacking.plan import RowPlacement, TablePlan
 from embax._variables import _fill
 
 BLOCK_BYTES = 64 << 20
 """Bytes of a block: what the conversion needs beside the array in logical order."""
 
 
-@functools.partial(jax.jit, static_argnames=("count", "dim", "num_sparsecores"))
+@functools.partial(jax.jit, static_argnames=("count", "columns", "num_sparsecores"))
 def _take(
-    stacked: jax.Array, first: Any, placement: RowPlacement, *, count: int, dim: int, num_sparsecores: int
+    stacked: jax.Array, first: Any, placement: RowPlacement, *, count: int, columns: tuple[int, ...], num_sparsecores: int
 ) -> jax.Array:
     ids = first + jnp.arange(count, dtype=jnp.int32)
     physical = physical_rows(ids, placement, stacked.shape[0], num_sparsecores)
-    return stacked.at[physical, :dim].get(mode="promise_in_bounds")
+    return stacked.at[physical, *map(slice, columns)].get(mode="promise_in_bounds")
 
 
 @functools.partial(jax.jit, static_argnames="num_sparsecores", donate_argnames="stacked")
 def _put(stacked: jax.Array, rows: Any, first: Any, placement: RowPlacement, *, num_sparsecores: int) -> jax.Array:
     ids = first + jnp.arange(rows.shape[0], dtype=jnp.int32)
     physical = physical_rows(ids, placement, stacked.shape[0], num_sparsecores)
-    return stacked.at[physical, : rows.shape[1]].set(rows, unique_indices=True)
+    return stacked.at[physical, *map(slice, rows.shape[1:])].set(rows, unique_indices=True)
 
 
 def _blocks(table: TablePlan) -> tuple[int, list[np.int32]]:
@@ -42,36 +42,38 @@ def take_logical(stacked: Any, table: TablePlan, num_sparsecores: int) -> np.nda
     """The values of a table or slot by row.
 
     Args:
-        stacked: [rows, dim] array of the stack, JAX or NumPy. A JAX array is copied out by blocks and never aliased: a
+        stacked: [rows, dim] or [rows] array of the stack, JAX or NumPy. A JAX array is copied out by blocks and never aliased: a
             NumPy view of it would make the next donated step copy it.
         table: the table's place.
         num_sparsecores: SparseCores that the stack is laid out for.
 
     Returns:
-        A new C-contiguous array [table.vocabulary_size, table.embedding_dim].
+        A new C-contiguous array [table.vocabulary_size, table.embedding_dim], or [table.vocabulary_size].
     """
     if isinstance(stacked, np.ndarray):
         return np.ascontiguousarray(take_table(stacked, table, num_sparsecores))
-    values = np.empty((table.vocabulary_size, table.embedding_dim), np.float32)
+    values = np.empty(of_table(stacked.shape, table), np.float32)
     count, firsts = _blocks(table)
     for first in firsts:
-        rows = _take(stacked, first, table.rows, count=count, dim=table.embedding_dim, num_sparsecores=num_sparsecores)
+        columns = values.shape[1:]
+        rows = _take(stacked, first, table.rows, count=count, columns=columns, num_sparsecores=num_sparsecores)
         values[first : first + count] = np.asarray(rows)
     return values
 
 
-def empty_stack(stack: StackPlan) -> jax.Array:
+def empty_stack(shape: tuple[int, ...]) -> jax.Array:
     """An array of a stack, 0 everywhere. No id reads the rows and columns of padding, so 0 will do for slots too."""
-    rows, dim = stack.shape
-    return _fill(jnp.zeros(dim, jnp.float32), rows)
+    if len(shape) == 1:
+        return jnp.zeros(shape, jnp.float32)
+    return _fill(jnp.zeros(shape[1], jnp.float32), shape[0])
 
 
 def put_logical(stacked: jax.Array, values: np.ndarray, table: TablePlan, num_sparsecores: int) -> jax.Array:
     """Puts a table or slot into its place, the inverse of `take_logical`.
 
     Args:
-        stacked: [rows, dim] array of the stack; it is donated.
-        values: float32[table.vocabulary_size, table.embedding_dim].
+        stacked: [rows, dim] or [rows] array of the stack; it is donated.
+        values: float32[table.vocabulary_size, table.embedding_dim], or float32[table.vocabulary_size].
         table: the table's place.
         num_sparsecores: SparseCores that the stack is laid out for.
 

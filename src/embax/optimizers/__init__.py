@@ -13,5 +13,8 @@ from embax.optimizers.ftrl import FTRLOptimizerSpec as FTRLOptimizerSpec
 from embax.optimizers.ftrl import FTRLSlotVariables as FTRLSlotVariables
 from embax.optimizers.laprop import LaPropOptimizerSpec as LaPropOptimizerSpec
 from embax.optimizers.laprop import LaPropSlotVariables as LaPropSlotVariables
+from embax.optimizers.row_wise_adagrad import RowWiseAdagradOptimizerSpec as RowWiseAdagradOptimizerSpec
+from embax.optimizers.row_wise_adagrad import RowWiseAdagradSlotVariables as RowWiseAdagradSlotVariables
+from embax.optimizers.row_wise_adam import RowWiseAdamOptimizerSpec as RowWiseAdamOptimizerSpec
 from embax.optimizers.sgd import SGDOptimizerSpec as SGDOptimizerSpec
 from embax.optimizers.sgd import SGDSlotVariables as SGDSlotVariables

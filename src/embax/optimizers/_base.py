@@ -12,12 +12,13 @@ import numpy as np
 from jax.core import Tracer
 
 from embax._checks import is_finite_number
-from embax._types import Array, Float
+from embax._types import Rows, RowSlots, Scalars
 
 LearningRate: TypeAlias = float | Callable[..., Any]
 Initializer: TypeAlias = Callable[..., jax.Array]
 
 PASS_STEP = "Pass step= to the layer's call, or to apply_gradients."
+WEIGHT_DECAY_MODES = ("decoupled", "l2")
 
 
 def _positional_arguments(function: Callable[..., Any]) -> int:
@@ -51,17 +52,34 @@ class OptimizerSpec:
     A subclass is a frozen dataclass of hyperparameters; it names its slots in `Slots`, initializes them, and states its
     row rule in `update_rows`. Two specs are equal when they are of one class and all their fields are equal.
 
+    What the keyword arguments ask for happens to every row that a batch touches, in this order, whatever the optimizer: the
+    gradient `g` of the row is clipped by value, then by norm; then the row `w` decays, and the rule takes its step.
+
     Args:
         learning_rate: a number, a function of no argument, or a schedule: a function of the step (an int or an int32
             scalar, traced or not) that returns a scalar.
+        weight_decay: `d`, at least 0. Rows that no id names do not decay.
+        weight_decay_mode: "decoupled", `w -= lr * d * w` before the step, as in AdamW; or "l2", `g += d * w`, the gradient of
+            `d / 2 * |w|**2`.
+        clip_gradient_value: `c` above 0, or None: each element of `g` is clipped to `[-c, c]`.
+        clip_gradient_norm: `c` above 0, or None: `g` is scaled to a Euclidean norm of `c` where it has a larger one.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
     """
 
     learning_rate: LearningRate = 0.001
+    weight_decay: float = dataclasses.field(default=0.0, kw_only=True)
+    weight_decay_mode: str = dataclasses.field(default="decoupled", kw_only=True)
+    clip_gradient_value: float | None = dataclasses.field(default=None, kw_only=True)
+    clip_gradient_norm: float | None = dataclasses.field(default=None, kw_only=True)
 
     native_rule: ClassVar[str] = ""
     """Name of the C++ row rule in `csrc/kernels/optimizers.h`."""
     Slots: ClassVar[Callable[..., Sequence[jax.Array]]]
-    """NamedTuple of the slot variables, each shaped like the table."""
+    """NamedTuple of the slot variables."""
+    elementwise: ClassVar[bool] = True
+    """Whether the rule treats each element of a row by itself. If not, tables of different widths are not stacked, since a
+    rule must not see columns that only stacking has added."""
 
     def __post_init__(self) -> None:
         if callable(self.learning_rate):
@@ -79,6 +97,25 @@ class OptimizerSpec:
                 f"{type(self).__name__}: learning_rate is {self.learning_rate!r}; it must be a number, a function of no "
                 "argument, or a function of the step."
             )
+        self._check_number("weight_decay", lambda decay: decay >= 0, "of at least 0")
+        if self.weight_decay_mode not in WEIGHT_DECAY_MODES:
+            raise ValueError(
+                f"{type(self).__name__}: weight_decay_mode is {self.weight_decay_mode!r}; it must be one of "
+                f"{', '.join(map(repr, WEIGHT_DECAY_MODES))}."
+            )
+        for field in ("clip_gradient_value", "clip_gradient_norm"):
+            if getattr(self, field) is not None:
+                self._check_number(field, lambda limit: np.float32(limit) > 0, "above 0, or None")
+
+    @property
+    def decays_weights(self) -> bool:
+        """Whether rows decay apart from the rule."""
+        return self.weight_decay > 0 and self.weight_decay_mode == "decoupled"
+
+    @property
+    def l2(self) -> float:
+        """The factor of the row that is added to its gradient."""
+        return self.weight_decay if self.weight_decay_mode == "l2" else 0.0
 
     def get_learning_rate(self, step: int | jax.Array | None = None) -> jax.Array:
         """The learning rate at `step`.
@@ -161,24 +198,24 @@ class OptimizerSpec:
         """The number of slot variables a table has beside itself."""
         return len(self.slot_variables_initializers())
 
+    def row_wise_slots(self) -> Sequence[bool]:
+        """For each slot whether it has one value a row and is stored as float32[rows]; else it is shaped like the table."""
+        return (False,) * self.slot_variables_count()
+
     def short_name(self) -> str:
         """A short lower case name."""
         return self.native_rule
 
     def update_rows(
-        self,
-        gradient: Float[Array, "rows dim"],
-        table: Float[Array, "rows dim"],
-        slots: tuple[Float[Array, "rows dim"], ...],
-        hyperparameters: tuple[Float[Array, ""], ...],
-    ) -> tuple[Float[Array, "rows dim"], tuple[Float[Array, "rows dim"], ...]]:
+        self, gradient: Rows, table: Rows, slots: RowSlots, hyperparameters: Scalars
+    ) -> tuple[Rows, RowSlots]:
         """The row rule: new rows of the table and of its slots from the gradient of these rows.
 
         Args:
             gradient: float32[rows, dim], the gradient with respect to each row.
             table: float32[rows, dim].
-            slots: one float32[rows, dim] a slot.
-            hyperparameters: the float32 scalars of `get_hyperparameters`.
+            slots: one float32[rows, dim] a slot, or float32[rows, 1] where it has one value a row.
+            hyperparameters: the float32 scalars of `get_hyperparameters`, of any shape that broadcasts to the rows.
 
         Returns:
             The new `table` and `slots`, of the same shapes.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from embax._types import Array, Float
+from embax._types import Rows, RowSlots, Scalars
 from embax.optimizers._base import OptimizerSpec
 
 
@@ -46,12 +46,8 @@ class AdagradOptimizerSpec(OptimizerSpec):
         return AdagradSlotVariables(accumulator=jax.nn.initializers.constant(self.initial_accumulator_value))
 
     def update_rows(  # noqa: D102
-        self,
-        gradient: Float[Array, "rows dim"],
-        table: Float[Array, "rows dim"],
-        slots: tuple[Float[Array, "rows dim"], ...],
-        hyperparameters: tuple[Float[Array, ""], ...],
-    ) -> tuple[Float[Array, "rows dim"], tuple[Float[Array, "rows dim"], ...]]:
+        self, gradient: Rows, table: Rows, slots: RowSlots, hyperparameters: Scalars
+    ) -> tuple[Rows, RowSlots]:
         (learning_rate,) = hyperparameters
         accumulator = slots[0] + gradient * gradient
         step = jnp.where(accumulator == 0, 0.0, learning_rate * gradient / jnp.sqrt(accumulator))

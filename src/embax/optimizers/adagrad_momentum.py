@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from embax._types import Array, Float
+from embax._types import Rows, RowSlots, Scalars
 from embax.optimizers._base import OptimizerSpec
 
 
@@ -75,12 +75,8 @@ class AdagradMomentumOptimizerSpec(OptimizerSpec):
         return self.get_learning_rate(step), *map(jnp.float32, constants)
 
     def update_rows(  # noqa: D102
-        self,
-        gradient: Float[Array, "rows dim"],
-        table: Float[Array, "rows dim"],
-        slots: tuple[Float[Array, "rows dim"], ...],
-        hyperparameters: tuple[Float[Array, ""], ...],
-    ) -> tuple[Float[Array, "rows dim"], tuple[Float[Array, "rows dim"], ...]]:
+        self, gradient: Rows, table: Rows, slots: RowSlots, hyperparameters: Scalars
+    ) -> tuple[Rows, RowSlots]:
         learning_rate, decay, beta2, epsilon, exponent, use_nesterov = hyperparameters
         accumulator, momentum = slots
         share = jnp.where(beta2 == 1, 1.0, 1.0 - beta2)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from embax._types import Array, Float
+from embax._types import Rows, RowSlots, Scalars
 from embax.optimizers._base import OptimizerSpec, one_minus_power
 
 
@@ -65,12 +65,8 @@ class AdamOptimizerSpec(OptimizerSpec):
         return alpha, jnp.float32(self.beta_1), jnp.float32(self.beta_2), jnp.float32(self.epsilon) * correction
 
     def update_rows(  # noqa: D102
-        self,
-        gradient: Float[Array, "rows dim"],
-        table: Float[Array, "rows dim"],
-        slots: tuple[Float[Array, "rows dim"], ...],
-        hyperparameters: tuple[Float[Array, ""], ...],
-    ) -> tuple[Float[Array, "rows dim"], tuple[Float[Array, "rows dim"], ...]]:
+        self, gradient: Rows, table: Rows, slots: RowSlots, hyperparameters: Scalars
+    ) -> tuple[Rows, RowSlots]:
         alpha, beta_1, beta_2, epsilon = hyperparameters
         momentum, velocity = slots
         momentum = momentum + (1.0 - beta_1) * (gradient - momentum)

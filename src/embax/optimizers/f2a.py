@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from embax._types import Array, Float
+from embax._types import Rows, RowSlots, Scalars
 from embax.optimizers._base import LearningRate, OptimizerSpec
 
 
@@ -74,12 +74,8 @@ class F2AOptimizerSpec(OptimizerSpec):
         return self.get_learning_rate(step), *map(jnp.float32, constants), number
 
     def update_rows(  # noqa: D102
-        self,
-        gradient: Float[Array, "rows dim"],
-        table: Float[Array, "rows dim"],
-        slots: tuple[Float[Array, "rows dim"], ...],
-        hyperparameters: tuple[Float[Array, ""], ...],
-    ) -> tuple[Float[Array, "rows dim"], tuple[Float[Array, "rows dim"], ...]]:
+        self, gradient: Rows, table: Rows, slots: RowSlots, hyperparameters: Scalars
+    ) -> tuple[Rows, RowSlots]:
         learning_rate, rho, l1, l2, max_multiplier, step = hyperparameters
         accumulator, local_step = slots
         local_step = local_step + 1.0

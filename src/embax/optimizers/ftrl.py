@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from embax._types import Array, Float
+from embax._types import Rows, RowSlots, Scalars
 from embax.optimizers._base import LearningRate, OptimizerSpec
 
 
@@ -71,6 +71,11 @@ class FTRLOptimizerSpec(OptimizerSpec):
         self._check_number("initial_accumulator_value", lambda a: a >= 0, "of at least 0, since its root is taken")
         self._check_number("initial_linear_value", lambda linear: True, "that is finite")
         self._check_bool("multiply_linear_by_learning_rate")
+        if self.decays_weights:
+            raise ValueError(
+                f"FTRLOptimizerSpec: weight_decay is {self.weight_decay!r}; it must be 0, or weight_decay_mode 'l2', since FTRL "
+                "makes rows anew from its slots. Its own remedy is l2_regularization_strength."
+            )
 
     def slot_variables_initializers(self) -> FTRLSlotVariables:  # noqa: D102
         return FTRLSlotVariables(
@@ -90,12 +95,8 @@ class FTRLOptimizerSpec(OptimizerSpec):
         return self.get_learning_rate(step), *map(jnp.float32, constants)
 
     def update_rows(  # noqa: D102
-        self,
-        gradient: Float[Array, "rows dim"],
-        table: Float[Array, "rows dim"],
-        slots: tuple[Float[Array, "rows dim"], ...],
-        hyperparameters: tuple[Float[Array, ""], ...],
-    ) -> tuple[Float[Array, "rows dim"], tuple[Float[Array, "rows dim"], ...]]:
+        self, gradient: Rows, table: Rows, slots: RowSlots, hyperparameters: Scalars
+    ) -> tuple[Rows, RowSlots]:
         learning_rate, power, l1, l2, beta, multiply = hyperparameters
         accumulator, linear = slots
         # Both forms are one: the linear term is in units of the gradient times `scale`.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from embax._types import Array, Float
+from embax._types import Rows, RowSlots, Scalars
 from embax.optimizers._base import OptimizerSpec, one_minus_power
 
 
@@ -79,12 +79,8 @@ class LaPropOptimizerSpec(OptimizerSpec):
         return self.get_learning_rate(step), jnp.float32(self.b1), self.get_decay_rate(step), jnp.float32(self.eps)
 
     def update_rows(  # noqa: D102
-        self,
-        gradient: Float[Array, "rows dim"],
-        table: Float[Array, "rows dim"],
-        slots: tuple[Float[Array, "rows dim"], ...],
-        hyperparameters: tuple[Float[Array, ""], ...],
-    ) -> tuple[Float[Array, "rows dim"], tuple[Float[Array, "rows dim"], ...]]:
+        self, gradient: Rows, table: Rows, slots: RowSlots, hyperparameters: Scalars
+    ) -> tuple[Rows, RowSlots]:
         learning_rate, b1, decay, eps = hyperparameters
         mu, nu = slots
         nu = decay * nu + (1.0 - decay) * (gradient * gradient + eps)

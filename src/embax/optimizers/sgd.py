@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar, NamedTuple
 
-from embax._types import Array, Float
+from embax._types import Rows, RowSlots, Scalars
 from embax.optimizers._base import Initializer, OptimizerSpec
 
 
@@ -28,11 +28,7 @@ class SGDOptimizerSpec(OptimizerSpec):
         return SGDSlotVariables()
 
     def update_rows(  # noqa: D102
-        self,
-        gradient: Float[Array, "rows dim"],
-        table: Float[Array, "rows dim"],
-        slots: tuple[Float[Array, "rows dim"], ...],
-        hyperparameters: tuple[Float[Array, ""], ...],
-    ) -> tuple[Float[Array, "rows dim"], tuple[Float[Array, "rows dim"], ...]]:
+        self, gradient: Rows, table: Rows, slots: RowSlots, hyperparameters: Scalars
+    ) -> tuple[Rows, RowSlots]:
         (learning_rate,) = hyperparameters
         return table - learning_rate * gradient, slots

@@ -1,0 +1,69 @@
+"""What happens to a touched row around its optimizer's rule, and the rule: every lowering in JAX operations traces this."""
+
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from embax._types import Rows, RowSlots, Scalars
+from embax.optimizers import OptimizerSpec
+
+RowLimits: TypeAlias = tuple[float | None, float | None]
+"""The smallest and the largest value that an element of a new row may have, None where there is no limit."""
+
+NO_LIMITS: RowLimits = (None, None)
+
+
+def hyperparameters_of(optimizer: OptimizerSpec, step: int | jax.Array | None) -> tuple[jax.Array, ...]:
+    """The float32 scalars of the rule, and behind them `lr * weight_decay` where rows decay apart from it."""
+    scalars = tuple(optimizer.get_hyperparameters(step))
+    if optimizer.decays_weights:
+        scalars += (optimizer.get_learning_rate(step) * np.float32(optimizer.weight_decay),)
+    return scalars
+
+
+def _clip_gradient(optimizer: OptimizerSpec, gradient: Rows) -> Rows:
+    if optimizer.clip_gradient_value is not None:
+        gradient = jnp.clip(gradient, -np.float32(optimizer.clip_gradient_value), optimizer.clip_gradient_value)
+    if optimizer.clip_gradient_norm is not None:
+        # Squares of what is divided by the largest element neither overflow nor vanish.
+        largest = jnp.max(jnp.abs(gradient), axis=1, keepdims=True)
+        unit = gradient / jnp.where(largest == 0, 1.0, largest)
+        root = jnp.sqrt(jnp.sum(unit * unit, axis=1, keepdims=True))
+        limit = np.float32(optimizer.clip_gradient_norm)
+        gradient = jnp.where(largest * root > limit, unit * (limit / root), gradient)
+    return gradient
+
+
+def new_rows(
+    optimizer: OptimizerSpec,
+    limits: RowLimits,
+    gradient: Rows,
+    table: Rows,
+    slots: RowSlots,
+    hyperparameters: Scalars,
+) -> tuple[Rows, RowSlots]:
+    """New rows of a table and of its slots.
+
+    Args:
+        optimizer: its row rule, and what is asked for beside it.
+        limits: what the new rows of the table are clipped to.
+        gradient: float32[rows, dim], the gradient with respect to each row.
+        table: float32[rows, dim].
+        slots: float32[rows, dim] or float32[rows, 1] of each slot.
+        hyperparameters: what `hyperparameters_of` returned, of any shape that broadcasts to the rows.
+    """
+    gradient = _clip_gradient(optimizer, gradient)
+    if optimizer.l2:
+        gradient = gradient + np.float32(optimizer.l2) * table
+    if optimizer.decays_weights:
+        *hyperparameters, decay = hyperparameters
+        table = table - decay * table
+    table, slots = optimizer.update_rows(gradient, table, slots, tuple(hyperparameters))
+    low, high = limits
+    if low is not None:
+        table = jnp.maximum(table, np.float32(low))
+    if high is not None:
+        table = jnp.minimum(table, np.float32(high))
+    return table, tuple(slots)
