@@ -54,7 +54,7 @@ def test_an_optimizer_without_a_native_rule_says_so_once():
     variables = embax.init_embedding_variables(jax.random.key(0), specs)
     packed = embax.preprocess({"f": np.array([[3], [8]])}, specs=specs)
     gradients = {"f": jnp.asarray([[2.0] * 8, [-3.0] * 8])}
-    with pytest.warns(embax.SlowPathWarning, match="SignSGD has no native row rule: .* for all its stacks"):
+    with pytest.warns(embax.SlowPathWarning, match="SignSGD has no native row rule: its updates run in plain JAX operations"):
         new = embax.apply_gradients(gradients, packed, variables, specs=specs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -8,6 +8,7 @@ import numpy as np
 
 from embax._types import Rows, RowSlots, Scalars
 from embax.optimizers import OptimizerSpec
+from embax.optimizers._clipping import apply_clipping
 
 RowLimits: TypeAlias = tuple[float | None, float | None]
 """The smallest and the largest value that an element of a new row may have, None where there is no limit."""
@@ -61,9 +62,4 @@ def new_rows(
         *hyperparameters, decay = hyperparameters
         table = table - decay * table
     table, slots = optimizer.update_rows(gradient, table, slots, tuple(hyperparameters))
-    low, high = limits
-    if low is not None:
-        table = jnp.maximum(table, np.float32(low))
-    if high is not None:
-        table = jnp.minimum(table, np.float32(high))
-    return table, tuple(slots)
+    return apply_clipping(table, *limits), tuple(slots)

@@ -110,7 +110,7 @@ def _portable_stack(
     optimizer: OptimizerSpec,
     limits: RowLimits,
 ) -> list[jax.Array]:
-    num_rows, dim = state[0].shape
+    num_rows = state[0].shape[0]
     if num_rows + stack.capacity > INT32_MAX:
         raise ValueError(
             f"Stack {stack.name!r}: {num_rows} rows and a buffer of {stack.capacity} entries are more than int32 counts, "
@@ -133,7 +133,7 @@ def _portable_stack(
     compact = jnp.argsort(touched)
     touched = touched[compact]
     # A rule that mixes the elements of a row must not see the columns that only the stack has.
-    width = dim if optimizer.elementwise else stack.width
+    width = stack.width
     old = [
         array.at[touched, :width].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
         for array in state

@@ -1,6 +1,7 @@
 """What every optimizer is: a spec of hyperparameters and slots, and one rule that updates the touched rows."""
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from jax.core import Tracer
 
 from embax._checks import is_finite_number
 from embax._types import Rows, RowSlots, Scalars
+from embax.optimizers._trace import is_elementwise
 
 LearningRate: TypeAlias = float | Callable[..., Any]
 Initializer: TypeAlias = Callable[..., jax.Array]
@@ -77,9 +79,9 @@ class OptimizerSpec:
     """Name of the C++ row rule in `csrc/kernels/optimizers.h`."""
     Slots: ClassVar[Callable[..., Sequence[jax.Array]]]
     """NamedTuple of the slot variables."""
-    elementwise: ClassVar[bool] = True
-    """Whether the rule treats each element of a row by itself. If not, tables of different widths are not stacked, since a
-    rule must not see columns that only stacking has added."""
+
+    rule_columns: ClassVar[int] = 8
+    """Columns of a row that the rule can be traced with, to look at it."""
 
     def __post_init__(self) -> None:
         if callable(self.learning_rate):
@@ -106,6 +108,14 @@ class OptimizerSpec:
         for field in ("clip_gradient_value", "clip_gradient_norm"):
             if getattr(self, field) is not None:
                 self._check_number(field, lambda limit: np.float32(limit) > 0, "above 0, or None")
+
+    @functools.cached_property
+    def elementwise(self) -> bool:
+        """Whether the rule treats each element of a row by itself, as its trace shows.
+
+        If not, tables of different widths are not stacked, since a rule must not see columns that only stacking has added.
+        """
+        return not any(self.row_wise_slots()) and is_elementwise(self)
 
     @property
     def decays_weights(self) -> bool:
