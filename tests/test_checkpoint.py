@@ -226,7 +226,12 @@ def test_hyperparameters_may_differ(tmp_path, specs, variables):
     assert optimizer == {
         "class": "AdagradOptimizerSpec",
         "slots": ["accumulator"],
+        "row_wise_slots": [],
         "fields": {
+            "clip_gradient_norm": None,
+            "clip_gradient_value": None,
+            "weight_decay": 0.0,
+            "weight_decay_mode": "decoupled",
             "initial_accumulator_value": 0.5,
             "learning_rate": {"function": "test_hyperparameters_may_differ.<locals>.<lambda>"},
         },

@@ -47,18 +47,6 @@ def _quantize(rows: jax.Array, quantization: tuple[float, float, int] | None) ->
     return jnp.round((jnp.clip(rows, low, high) - low) / step) * step + low
 
 
-def _as_matrices(lookup):
-    """`lookup(arrays, tables, geometry)`, which takes matrices alone, as a lowering; a vector is a matrix of one column."""
-
-    def wrapped(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
-        del backend
-        matrices = [table[:, None] if table.ndim == 1 else table for table in tables]
-        found = lookup((row_pointers, ids, samples, gains, num_minibatches), matrices, geometry)
-        return [rows.reshape(-1) if table.ndim == 1 else rows for rows, table in zip(found, tables, strict=True)]
-
-    return mlir.lower_fun(wrapped, multiple_results=True)
-
-
 def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGeometry) -> jax.Array:
     num_samples = geometry.num_samples(stack)
     if stack.capacity == 0 or num_samples == 0:
@@ -76,10 +64,18 @@ def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGe
     return jnp.where(present[:, None], sums[last], 0.0)
 
 
-def _portable(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
-    return [
-        _portable_stack(arrays, table, geometry, stack) for table, stack in zip(tables, geometry.stacks, strict=True)
-    ]
+def _portable(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
+    del backend
+    arrays, activations = (row_pointers, ids, samples, gains, num_minibatches), []
+    for table, stack in zip(tables, geometry.stacks, strict=True):
+        found = _portable_stack(arrays, table[:, None] if table.ndim == 1 else table, geometry, stack)
+        activations.append(found.reshape(-1) if table.ndim == 1 else found)
+    return activations
+
+
+def _native(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
+    del backend
+    return native.lookup((row_pointers, ids, samples, gains, num_minibatches), tables, geometry)
 
 
 @functools.cache
@@ -107,8 +103,8 @@ refuse_transformations(
     batching="Make one larger batch instead, or several features.",
 )
 
-_lower_portable = _as_matrices(_portable)
-_lower_native = _as_matrices(native.lookup)
+_lower_portable = mlir.lower_fun(_portable, multiple_results=True)
+_lower_native = mlir.lower_fun(_native, multiple_results=True)
 
 
 def _lower_cpu(context, *operands, backend: str, **params):

@@ -216,33 +216,9 @@ refuse_transformations(
 _lower_portable = mlir.lower_fun(_portable, multiple_results=True)
 
 
-def _native(
-    row_pointers,
-    ids,
-    samples,
-    gains,
-    num_minibatches,
-    hyperparameters,
-    *operands,
-    geometry: Geometry,
-    optimizers: tuple[OptimizerSpec, ...],
-    num_hyperparameters: tuple[int, ...],
-    limits: tuple[RowLimits, ...],
-    backend: str,
-):
+def _native(row_pointers, ids, samples, gains, num_minibatches, hyperparameters, *operands, backend: str, **params):
     del backend
-    _, states, _ = _split(operands, optimizers)
-    new = native.update(
-        (row_pointers, ids, samples, gains, num_minibatches),
-        hyperparameters,
-        [_columns(operand) for operand in operands],
-        geometry=geometry,
-        optimizers=optimizers,
-        num_hyperparameters=num_hyperparameters,
-        limits=limits,
-    )
-    old = [array for state in states for array in state]
-    return [array.reshape(before.shape) for array, before in zip(new, old, strict=True)]
+    return native.update((row_pointers, ids, samples, gains, num_minibatches), hyperparameters, operands, **params)
 
 
 _lower_native = mlir.lower_fun(_native, multiple_results=True)

@@ -1,5 +1,6 @@
 """What the trace of a row rule says about it."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from embax.optimizers._base import OptimizerSpec
 
-_ELEMENTWISE = frozenset(
-    "abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt "
-    "integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n sign sin sqrt "
-    "square stop_gradient sub tan tanh xor".split()
-)
+_ELEMENTWISE_NAMES = """
+    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt integer_pow
+    is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n sign sin sqrt square
+    stop_gradient sub tan tanh xor
+"""
+_ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 """JAX's primitives that compute each element of a result from the elements at its place."""
 
 
@@ -46,6 +48,7 @@ def _only_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:
     return True
 
 
+@functools.lru_cache(maxsize=1024)
 def is_elementwise(optimizer: "OptimizerSpec") -> bool:
     """Whether the rule is made of operations on the elements of one column alone."""
     dim = optimizer.rule_columns

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +80,6 @@ class CustomOptimizerSpec(OptimizerSpec):
     short_name_str: str = "custom"
     slots_of_one_value: Sequence[bool] = dataclasses.field(default=(), kw_only=True)
 
-    native_rule: ClassVar[str] = ""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         initializers = self.slot_variable_initializers_tuple
@@ -146,7 +144,7 @@ class CustomOptimizerSpec(OptimizerSpec):
         dim = positive_int("lower_to_stablehlo", "embedding_dim", embedding_dim)
         row = jax.ShapeDtypeStruct((1, dim), jnp.float32)
         arguments = [row] * (2 + num_slot_variables + num_hyperparameters)
-        return jax.jit(rule).lower(*arguments).as_text(dialect="stablehlo")
+        return jax.jit(rule, keep_unused=True).lower(*arguments).as_text(dialect="stablehlo")
 
     @staticmethod
     def wrap_stablehlo_with_limits(
