@@ -43,7 +43,7 @@ def _flatten_like(tree: Any, structure: PyTreeDef, what: str) -> list[jax.Array]
 
 def _slot_names(stack: StackPlan) -> Sequence[str]:
     slots = stack.optimizer.slot_variables_initializers()
-    return getattr(slots, "_fields", range(len(slots)))
+    return getattr(slots, "_fields", [str(number) for number in range(len(slots))])
 
 
 def _checked_limits(limits: Mapping[str, Any] | None, plan: Plan) -> list[RowLimits]:
@@ -58,7 +58,7 @@ def _checked_limits(limits: Mapping[str, Any] | None, plan: Plan) -> list[RowLim
         raise ValueError(f"embedding_var_limits has {unknown}, which are no stacks; the stacks are {names}. {remedy}")
     checked = []
     for name in names:
-        pair = limits.get(name, NO_LIMITS)
+        pair: Any = limits.get(name, NO_LIMITS)
         numbers = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
         numbers = numbers and all(end is None or is_finite_number(end) for end in pair)
         low, high = pair if numbers else NO_LIMITS

@@ -59,7 +59,7 @@ def new_rows(
     if optimizer.l2:
         gradient = gradient + np.float32(optimizer.l2) * table
     if optimizer.decays_weights:
-        *hyperparameters, decay = hyperparameters
-        table = table - decay * table
-    table, slots = optimizer.update_rows(gradient, table, slots, tuple(hyperparameters))
+        table = table - hyperparameters[-1] * table
+        hyperparameters = hyperparameters[:-1]
+    table, slots = optimizer.update_rows(gradient, table, slots, hyperparameters)
     return apply_clipping(table, *limits), tuple(slots)

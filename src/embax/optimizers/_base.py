@@ -111,7 +111,7 @@ class OptimizerSpec:
             )
         for field in ("clip_gradient_value", "clip_gradient_norm"):
             if getattr(self, field) is not None:
-                self._check_number(field, lambda limit: np.float32(limit) > 0, "above 0, or None")
+                self._check_number(field, lambda limit: float(np.float32(limit)) > 0, "above 0, or None")
 
     @property
     def elementwise(self) -> bool:

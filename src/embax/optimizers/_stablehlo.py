@@ -142,9 +142,10 @@ class _Evaluator:
                     return tuple(self.block(regions[0], (*left, *right), values))
 
                 dimensions = _integers(attributes, "dimensions")
+                reduce: Any = lax.reduce
                 if half > 1:
-                    return lax.reduce(tuple(operands[:half]), tuple(operands[half:]), combine, dimensions)
-                return [lax.reduce(*operands, lambda x, y: combine((x,), (y,))[0], dimensions)]
+                    return reduce(tuple(operands[:half]), tuple(operands[half:]), combine, dimensions)
+                return [reduce(*operands, lambda x, y: combine((x,), (y,))[0], dimensions)]
             case "stablehlo.iota":
                 result = operation.results[0]
                 dimension = int(attributes["iota_dimension"])
