@@ -18,8 +18,7 @@ REFERENCE := build/venv-reference
 REFERENCE_VERSION := 0.2.0
 # The compiler for NVIDIA GPUs, which needs none to compile, in an environment of its own: it takes one version of JAX.
 GPU := build/venv-gpu
-GPU_JAX_VERSION := 0.10.2
-GPU_PTXAS_VERSION := 12.9.86
+GPU_VERSIONS := .ci/gpu.txt
 # Directories too: their time changes when a file is added or removed.
 SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
   $(shell find src csrc -name __pycache__ -prune -o -path csrc/tests -prune -o -print)
@@ -44,7 +43,7 @@ test-reference: reference ## Compare stacking and packing with the released refe
 	$(REFERENCE)/bin/python -m pytest tests/test_against_reference.py $(PYTEST_ARGS)
 
 test-gpu: ## Compile training steps for an NVIDIA H100, on any machine, and check what they hold
-	$(MAKE) $(GPU)/.gpu VENV=$(GPU)
+	$(MAKE) $(GPU)/.gpu VENV=$(GPU) CONSTRAINTS=$(GPU_VERSIONS)
 	$(GPU)/bin/python -m pytest tests/gpu $(PYTEST_ARGS)
 
 test-native: $(TOOLS)/.tools ## Run the C++ tests under the address, undefined-behaviour and thread sanitizers
@@ -95,11 +94,8 @@ $(VENV)/.reference: Makefile | $(VENV)/.embax $(VENV)/.test
 	$(BIN)/python $(PIP) install --quiet jax-tpu-embedding==$(REFERENCE_VERSION)
 	@touch $@
 
-# Not the packages of CUDA, which running needs, but for the assembler.
-$(VENV)/.gpu: Makefile | $(VENV)/.embax $(VENV)/.test
-	$(BIN)/python $(PIP) install --quiet jax==$(GPU_JAX_VERSION) jaxlib==$(GPU_JAX_VERSION)
-	$(BIN)/python $(PIP) install --quiet --no-deps jax-cuda12-plugin==$(GPU_JAX_VERSION) \
-	  jax-cuda12-pjrt==$(GPU_JAX_VERSION) nvidia-cuda-nvcc-cu12==$(GPU_PTXAS_VERSION)
+$(VENV)/.gpu: $(GPU_VERSIONS) | $(VENV)/.embax $(VENV)/.test
+	$(BIN)/python $(PIP) install --quiet --no-deps --requirement $(GPU_VERSIONS)
 	@touch $@
 
 $(VENV)/.created:
