@@ -58,6 +58,12 @@ def test_every_optimizer_is_in_place_in_a_layer(h100, standard_promotion):
     assert_in_place(FORMS["nnx"], LOSSES[0], Setting(every_optimizer, device=h100))
 
 
+def test_a_step_holds_no_loop(h100):
+    """Each turn of a loop would start its kernels anew."""
+    step = FORMS["explicit"](VOCABULARIES[0], LOSSES[0], Setting(device=h100))
+    assert not [one for one in instructions(step.as_text()) if one.opcode == "while"]
+
+
 # What the check must see: steps that do it wrong, by the instruction that gives each away.
 def plain_step(update, h100, donate=True):
     """The optimized HLO of a step on a table and a slot whose update is `update(table, slot, ids, gradients)`."""

@@ -39,7 +39,7 @@ def entries_of(
         ends = ends + starts[:, None]
     begins = jnp.concatenate([starts[:, None], _aligned(ends[:, :-1])], axis=1).reshape(-1)
     position = jnp.arange(stack.capacity, dtype=jnp.int32)
-    place = jnp.searchsorted(begins, position, side="right").astype(jnp.int32) - 1
+    place = count_up_to(begins, position) - 1
     partition, sparsecore = place % num, place // num // minibatches
 
     def part(array: jax.Array) -> jax.Array:
@@ -49,6 +49,12 @@ def entries_of(
     valid = (position < ends.reshape(-1)[place]) & (sample >= 0) & (sample < stack.samples_per_sparsecore)
     sample = jnp.where(valid, sample + sparsecore * stack.samples_per_sparsecore, geometry.num_samples(stack))
     return partition, part(ids), sample, jnp.where(valid, part(gains), 0.0)
+
+
+def count_up_to(ascending: jax.Array, values: jax.Array) -> jax.Array:
+    """int32: how many elements of `ascending` are no larger than each value."""
+    # Unrolled, the search is one kernel; as a loop, which is the default, it starts several for each halving.
+    return jnp.searchsorted(ascending, values, side="right", method="scan_unrolled").astype(jnp.int32)
 
 
 def _aligned(ends: jax.Array) -> jax.Array:
