@@ -13,7 +13,7 @@ from embax._ops import native
 from embax._ops.backend import chosen_backend
 from embax._ops.geometry import Geometry, StackGeometry, packed_operands
 from embax._ops.refusals import refuse_transformations
-from embax._ops.segments import entries_of, physical_rows, sum_runs
+from embax._ops.segments import count_up_to, entries_of, physical_rows, sum_runs
 from embax._preprocess.buffers import PreprocessedInput
 
 lookup_p = Primitive("embax_lookup")
@@ -59,7 +59,7 @@ def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGe
     values = jnp.where((rows < table.shape[0])[:, None], gain[order][:, None] * values, 0.0)
     _, sums = sum_runs(sample, values)
     wanted = jnp.arange(num_samples, dtype=sample.dtype)
-    last = jnp.searchsorted(sample, wanted, side="right") - 1
+    last = count_up_to(sample, wanted) - 1
     present = (last >= 0) & (sample[last] == wanted)
     return jnp.where(present[:, None], sums[last], 0.0)
 
