@@ -1,16 +1,16 @@
 """The lookup primitive: packed ids and tables to the activations of every stack."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from embax._ops import native
-from embax._ops.backend import chosen_backend
+from embax._ops import native, sparsecore
+from embax._ops.backend import backend_on, chosen_backend
 from embax._ops.geometry import Geometry, StackGeometry, packed_operands
 from embax._ops.refusals import refuse_transformations
 from embax._ops.segments import entries_of, physical_rows, sum_runs
@@ -47,16 +47,26 @@ def _quantize(rows: jax.Array, quantization: tuple[float, float, int] | None) ->
     return jnp.round((jnp.clip(rows, low, high) - low) / step) * step + low
 
 
-def _as_matrices(lookup):
-    """`lookup(arrays, tables, geometry)`, which takes matrices alone, as a lowering; a vector is a matrix of one column."""
+def _lowering(lookup):
+    """`lookup(arrays, tables, geometry)` as a lowering."""
 
-    def wrapped(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
+    def wrapped(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str | None):
         del backend
-        matrices = [table[:, None] if table.ndim == 1 else table for table in tables]
-        found = lookup((row_pointers, ids, samples, gains, num_minibatches), matrices, geometry)
-        return [rows.reshape(-1) if table.ndim == 1 else rows for rows, table in zip(found, tables, strict=True)]
+        return lookup((row_pointers, ids, samples, gains, num_minibatches), tables, geometry)
 
     return mlir.lower_fun(wrapped, multiple_results=True)
+
+
+def _as_matrices(lookup):
+    """`lookup(arrays, tables, geometry)` on one device, which takes matrices alone; a vector is a matrix of one column."""
+
+    def wrapped(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
+        geometry.check_one_device()
+        matrices = [table[:, None] if table.ndim == 1 else table for table in tables]
+        found = lookup(arrays, matrices, geometry)
+        return [rows.reshape(-1) if table.ndim == 1 else rows for rows, table in zip(found, tables, strict=True)]
+
+    return wrapped
 
 
 def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGeometry) -> jax.Array:
@@ -82,6 +92,14 @@ def _portable(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry
     ]
 
 
+def _sparsecore(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
+    found: list[jax.Array] = []
+    for table, stack in zip(tables, geometry.stacks, strict=True):
+        look_up = sparsecore.lookup if sparsecore.holds(stack, table, geometry) else _as_matrices(_portable)
+        found += look_up(arrays, [table], dataclasses.replace(geometry, stacks=(stack,)))
+    return found
+
+
 @functools.cache
 def _jitted(**params):
     return jax.jit(functools.partial(lookup_p.bind, **params))
@@ -93,10 +111,10 @@ def _run(*operands, **params):
 
 
 @lookup_p.def_abstract_eval
-def _shapes(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
+def _shapes(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str | None):
     del row_pointers, ids, samples, gains, num_minibatches, backend
     return [
-        jax.core.ShapedArray((geometry.num_samples(stack), *table.shape[1:]), table.dtype)
+        table.update(shape=(geometry.num_samples(stack), *table.shape[1:]))
         for table, stack in zip(tables, geometry.stacks, strict=True)
     ]
 
@@ -107,14 +125,21 @@ refuse_transformations(
     batching="Make one larger batch instead, or several features.",
 )
 
-_lower_portable = _as_matrices(_portable)
-_lower_native = _as_matrices(native.lookup)
+_lower_portable = _lowering(_as_matrices(_portable))
+_lower_native = _lowering(_as_matrices(native.lookup))
+_lower_sparsecore = _lowering(_sparsecore)
 
 
-def _lower_cpu(context, *operands, backend: str, **params):
-    lower = _lower_native if backend == "native" else _lower_portable
+def _lower_cpu(context, *operands, backend: str | None, **params):
+    lower = _lower_native if backend_on("cpu", backend) == "native" else _lower_portable
+    return lower(context, *operands, backend=backend, **params)
+
+
+def _lower_tpu(context, *operands, backend: str | None, **params):
+    lower = _lower_sparsecore if backend_on("tpu", backend) == "sparsecore" else _lower_portable
     return lower(context, *operands, backend=backend, **params)
 
 
 mlir.register_lowering(lookup_p, _lower_portable)
 mlir.register_lowering(lookup_p, _lower_cpu, platform="cpu")
+mlir.register_lowering(lookup_p, _lower_tpu, platform="tpu")
