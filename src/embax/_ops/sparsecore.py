@@ -27,11 +27,15 @@ from embax.optimizers import OptimizerSpec
 MOD_SHARDING = 1
 """The compiler's number for the layout in which row `id` lies on SparseCore `id % num_sparsecores`."""
 
-ELEMENTWISE = frozenset(
-    "abs add add_any and atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp convert_element_type copy cos div eq exp "
-    "exp2 expm1 floor ge gt integer_pow iota le log log1p logistic lt max min mul ne neg not or pow reduce_precision rem rsqrt "
-    "select_n shift_right_logical sign sin sqrt square sub tan tanh xor".split()
-)
+# fmt: off
+ELEMENTWISE = frozenset({
+    "abs", "add", "add_any", "and", "atan2", "bitcast_convert_type", "broadcast_in_dim", "cbrt", "ceil", "clamp",
+    "convert_element_type", "copy", "cos", "div", "eq", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow",
+    "iota", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow",
+    "reduce_precision", "rem", "rsqrt", "select_n", "shift_right_logical", "sign", "sin", "sqrt", "square", "sub",
+    "tan", "tanh", "xor",
+})
+# fmt: on
 """Operations that the compiler accepts in a row rule, found by compiling each. Some others end the process."""
 
 DTYPES = (np.float32, np.int32, np.bool_)
@@ -72,7 +76,8 @@ def lookup(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: G
             found.append(jnp.zeros((num_samples, *table.shape[1:]), table.dtype))
         else:
             operands = _arrays_of(arrays, geometry, stack)
-            found.append(lookup_one_p.bind(*operands, table, num_samples=num_samples, stack=stack))
+            zeros = jnp.zeros((num_samples, *table.shape[1:]), table.dtype)
+            found.append(lookup_one_p.bind(*operands, table, zeros, stack=stack))
     return found
 
 
@@ -144,11 +149,22 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
     for equation in jaxpr.eqns:
         if equation.primitive.name not in CALLS:
             yield equation
-            continue
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if isinstance(inner, Jaxpr):
-                yield from _equations(inner)
+        for called in _called(equation):
+            yield from _equations(called.jaxpr)
+
+
+def _constants(closed: ClosedJaxpr) -> Iterator[Any]:
+    """The values that a jaxpr and all that it calls hold, but for literals."""
+    yield from closed.consts
+    for equation in closed.jaxpr.eqns:
+        for called in _called(equation):
+            yield from _constants(called)
+
+
+def _called(equation: Any) -> list[ClosedJaxpr]:
+    if equation.primitive.name not in CALLS:
+        return []
+    return [value for value in equation.params.values() if isinstance(value, ClosedJaxpr)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -177,7 +193,7 @@ def why_not(optimizer: OptimizerSpec, dim: int) -> str | None:
             return f"its rule uses {name} on other numbers than float32, int32 and bool"
         if any(aval.shape not in ((), (1, dim)) for aval in avals):
             return f"its rule uses {name} on another shape than that of a row"
-    if any(np.ndim(value) for value in closed.consts):
+    if any(np.ndim(value) for value in _constants(closed)):
         return "its rule holds an array"
     if any(isinstance(value, Literal) for value in closed.jaxpr.outvars) or not _depends_on_rows(closed.jaxpr):
         return "its rule makes a row that does not depend on the old one"
@@ -221,10 +237,10 @@ def _depends_on_rows(jaxpr: Jaxpr) -> bool:
 
 
 @lookup_one_p.def_abstract_eval
-def _lookup_shape(*operands, num_samples: int, stack: StackGeometry):
+def _lookup_shape(*operands, stack: StackGeometry):
     del stack
-    table = operands[-1]
-    return table.update(shape=(num_samples, *table.shape[1:]))
+    table, zeros = operands[-2:]
+    return table.update(shape=zeros.shape)
 
 
 @update_one_p.def_abstract_eval
@@ -246,7 +262,7 @@ def _backend_config(stack: StackGeometry, **more: Any) -> str:
     return json.dumps({"sparse_dense_matmul_config": config, "device_type": "DEVICE_TYPE_SPARSECORE"})
 
 
-def _custom_call(context, target: str, result_type, config: str, operands, called_computations=()):
+def _custom_call(context, target: str, result_type, config: str, operands, called_computations=()) -> Any:
     lower = jax.ffi.ffi_lowering(
         target,
         result_types=[result_type],
@@ -263,18 +279,14 @@ def _float32(shape: Sequence[int]) -> ir.Type:
     return ir.RankedTensorType.get(list(shape), ir.F32Type.get())
 
 
-def _lower_lookup_one(context, *operands, num_samples: int, stack: StackGeometry):
-    *arrays, table = operands
-    shape = (num_samples, *context.avals_in[-1].shape[1:])
-    zero = stablehlo.constant(ir.DenseElementsAttr.get(np.float32(0.0)))
-    start = stablehlo.broadcast(zero, mlir.dense_int_array(list(shape)))
+def _lower_lookup_one(context, *operands, stack: StackGeometry):
     more = {}
     if stack.quantization is not None:
         low, high, buckets = stack.quantization
         more["quantization_config"] = {"min_value": low, "max_value": high, "num_buckets": buckets}
-    target = "SparseDenseMatmulWithMinibatchingOp" if len(arrays) == 5 else "SparseDenseMatmulOp"
-    config = _backend_config(stack, **more)
-    return [_custom_call(context, target, _float32(shape), config, [*arrays, table, start])]
+    target = "SparseDenseMatmulWithMinibatchingOp" if len(operands) == 7 else "SparseDenseMatmulOp"
+    result = _float32(context.avals_out[0].shape)
+    return [_custom_call(context, target, result, _backend_config(stack, **more), operands)]
 
 
 def _called_computation(context, rule: ClosedJaxpr, num_states: int, name: str) -> str:
@@ -311,7 +323,7 @@ def _lower_update_one(
     elements = []
     for number in range(num_states):
         element = stablehlo.GetTupleElementOp(new, number)
-        sparse = {"_xla_compute_type": ir.StringAttr.get("sparse")}
+        sparse: dict[str, ir.Attribute] = {"_xla_compute_type": ir.StringAttr.get("sparse")}
         element.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(sparse)
         elements.append(element.result)
     return elements

@@ -140,11 +140,9 @@ def _portable_stack(
         array.at[touched, :width].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
         for array in state
     ]
-    new, slots = new_rows(optimizer, limits, sums[compact, :width], old[0], tuple(old[1:]), hyperparameters)
+    new, slots = new_rows(optimizer, limits, sums[compact, :width], old[0], tuple(old[1:]), tuple(hyperparameters))
     return [
-        array.at[touched, :width]
-        .set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)
-        .reshape(shape)
+        array.at[touched, :width].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True).reshape(shape)
         for array, rows, shape in zip(state, (new, *slots), shapes, strict=True)
     ]
 
