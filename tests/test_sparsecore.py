@@ -208,13 +208,19 @@ def test_two_stacks_have_a_computation_each_and_their_own_entries():
     specs = {table.name: oracle.feature_spec(table.name, table, BATCH, 2) for table in tables}
     specs = embax.prepare_feature_specs_for_training(specs, 1, 4)
     variables = jax.eval_shape(lambda key: embax.init_embedding_variables(key, specs), jax.random.key(0))
-    module = lowered_for_tpu(a_step(specs), variables, pack(specs))
+    packed = pack(specs)
+    module = lowered_for_tpu(a_step(specs), variables, packed)
     calls = custom_calls(module)
     assert [call.target for call in calls] == [WHOLE[0]] * 2 + [WHOLE[1]] * 2
     names = [name for call in calls for name in call.computations]
     assert len(set(names)) == 2
     for name, dim in zip(names, (8, 16), strict=True):
         assert f"tensor<1x{dim}xf32>" in functions(module)[name]
+    second = packed.layout.stacks[1]
+    begin, end = second.entries_start, second.entries_start + second.capacity
+    assert begin > 0
+    for what, times in ((f"[{begin}:{end}]", 3), ("[32:64]", 1)):  # Ids, samples and gains; row pointers.
+        assert str(module).count(f"{what} : ") == 2 * times
 
 
 def test_an_update_waits_for_the_lookup():

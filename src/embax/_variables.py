@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.experimental.layout import Format, with_layout_constraint
+from jax.experimental.layout import Format
 
 from embax._format import table_format
 from embax._ops import native
@@ -122,12 +122,8 @@ def _place(stacked: jax.Array, values: jax.Array, placement: RowPlacement, *, nu
 @functools.lru_cache(maxsize=256)
 def _in_format(function: Callable[..., jax.Array], format: Format, static: tuple[tuple[str, Any], ...]):
     """A jitted function of the above that returns its array in a format. The array that it changes is donated."""
-
-    def make(*arrays):
-        # Without this XLA fills an array of the default format first, which may be many times as large.
-        return with_layout_constraint(function(*arrays, **dict(static)), format.layout)
-
-    return jax.jit(make, out_shardings=format, donate_argnums=() if function is _fill else (0,))
+    donated = () if function is _fill else (0,)
+    return jax.jit(functools.partial(function, **dict(static)), out_shardings=format, donate_argnums=donated)
 
 
 def _make(function: Callable[..., jax.Array], format: Format | None, *arrays: Any, **static: Any) -> jax.Array:
@@ -204,7 +200,7 @@ def init_embedding_variables(rng: jax.Array, specs: Any) -> dict[str, EmbeddingV
     The values of a table depend on the key and the table's name and sizes alone, not on the number of devices or
     SparseCores or on what it is stacked with. Initializers of `jax.nn.initializers` that draw each element independently
     (uniform, normal, truncated_normal) and constants need no more than some 10 MB
-    beside the result.
+    beside the result; on a TPU also a copy of one array in the default format, whose rows have a multiple of 128 columns.
 
     Args:
         rng: a PRNG key.

@@ -159,5 +159,6 @@ def test_initializers_return_the_format_of_tables(chips):
     drawn = _in_format(_variables._draw_by_chunks, format, drawn).trace(table, key, place).lower().compile()
     for compiled in (filled, drawn):
         assert compiled.output_formats.layout == format.layout
-    assert filled.memory_analysis().temp_size_in_bytes < 1 << 20
+    # XLA makes the array in the default format, in which a row of 32 columns takes 128, and converts it.
+    assert filled.memory_analysis().temp_size_in_bytes <= 4 * 128 << 20
     assert drawn.memory_analysis().alias_size_in_bytes == 4 * 32 << 20
