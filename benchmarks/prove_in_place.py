@@ -7,6 +7,7 @@ Exits with 1 if any step fails this.
 Run it with: python -m benchmarks.prove_in_place
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -46,11 +47,6 @@ def feature_specs(vocabulary: int) -> dict[str, embax.FeatureSpec]:
     return embax.prepare_feature_specs_for_training(features)
 
 
-def table_bytes(vocabulary: int) -> int:
-    """Bytes of all tables and slots of `feature_specs`."""
-    return 5 * vocabulary * DIM * 4
-
-
 def linear_loss(activations: dict[str, jax.Array], target: jax.Array) -> jax.Array:
     """Linear in the activations, so that the gradient does not depend on the lookup."""
     return sum((jnp.sum(a * target) for a in activations.values()), start=jnp.zeros(()))
@@ -61,60 +57,85 @@ def quadratic_loss(activations: dict[str, jax.Array], target: jax.Array) -> jax.
     return sum((jnp.sum((a - target) ** 2) for a in activations.values()), start=jnp.zeros(()))
 
 
-def packed_batch(specs: Any) -> embax.PreprocessedInput:
+def packed_batch(specs: Any, minibatching: bool = False) -> embax.PreprocessedInput:
     """One packed batch."""
     ids = np.arange(BATCH, dtype=np.int32)[:, None]
-    return embax.preprocess(dict.fromkeys(specs, ids), specs=specs, limits="grow")
+    return embax.preprocess(dict.fromkeys(specs, ids), specs=specs, limits="grow", enable_minibatching=minibatching)
 
 
-def repeat(tree: Any) -> Any:
-    """`STEPS` copies of every array along a new first axis."""
-    return jax.tree.map(lambda array: jnp.stack([array] * STEPS), tree)
+def abstract(tree: Any, device: Any = None, steps: int | None = None) -> Any:
+    """The shapes of a tree's arrays on a device, which may be one that is only described: `steps` of each if given."""
+    sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
+    leading = () if steps is None else (steps,)
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(leading + array.shape, array.dtype, sharding=sharding), tree)
 
 
-def compile_explicit(vocabulary: int, loss: Callable, *, scan: bool) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a step is compiled for.
+
+    Args:
+        specs_of: the features, for a vocabulary.
+        minibatching: whether the batch is packed for minibatches.
+        device: None for the first device of this process; another may be one that is only described.
+    """
+
+    specs_of: Callable[[int], dict[str, embax.FeatureSpec]] = feature_specs
+    minibatching: bool = False
+    device: Any = None
+
+    def table_bytes(self, vocabulary: int) -> int:
+        """Bytes of all tables and slots."""
+        specs = self.specs_of(vocabulary)
+        variables = jax.eval_shape(lambda key: embax.init_embedding_variables(key, specs), jax.random.key(0))
+        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(variables))
+
+
+def compile_explicit(vocabulary: int, loss: Callable, setting: Setting, *, scan: bool) -> Any:
     """A step of `embax.lookup` and `embax.apply_gradients`, or a `lax.scan` over several."""
-    specs = feature_specs(vocabulary)
-    target = jnp.ones((BATCH, DIM))
+    specs = setting.specs_of(vocabulary)
+    target = np.ones((BATCH, DIM), np.float32)
 
     def step(variables, packed):
         activations = embax.lookup(packed, variables, specs=specs)
         value, gradients = jax.value_and_grad(loss)(activations, target)
-        new = embax.apply_gradients(gradients, packed, variables, specs=specs, step=0, activations=activations)
+        new = embax.apply_gradients(
+            gradients, packed, variables, specs=specs, step=jnp.int32(0), activations=activations
+        )
         return new, value
 
     def steps(variables, packed):
         return jax.lax.scan(step, variables, packed)
 
-    packed = packed_batch(specs)
     variables = jax.eval_shape(lambda key: embax.init_embedding_variables(key, specs), jax.random.key(0))
-    if scan:
-        return jax.jit(steps, donate_argnames="variables").lower(variables, repeat(packed)).compile()
-    return jax.jit(step, donate_argnames="variables").lower(variables, packed).compile()
+    packed = abstract(packed_batch(specs, setting.minibatching), setting.device, STEPS if scan else None)
+    jitted = jax.jit(steps if scan else step, donate_argnames="variables")
+    return jitted.lower(abstract(variables, setting.device), packed).compile()
 
 
 class Model(nnx.Module):
     """Embeddings and one dense layer."""
 
-    def __init__(self, vocabulary: int):
-        self.embed = embax.nnx.embed.SparseCoreEmbed(feature_specs(vocabulary), rngs=nnx.Rngs(0))
+    def __init__(self, specs: Any):
+        self.embed = embax.nnx.embed.SparseCoreEmbed(specs, rngs=nnx.Rngs(0))
         self.dense = nnx.Linear(DIM, DIM, rngs=nnx.Rngs(1))
 
 
-def make_model(vocabulary: int) -> tuple[Model, embax.nnx.embed.PartitionedOptimizer]:
+def make_model(specs: Any) -> tuple[Model, embax.nnx.embed.PartitionedOptimizer]:
     """A model and its optimizer."""
-    model = Model(vocabulary)
+    model = Model(specs)
     return model, embax.nnx.embed.PartitionedOptimizer(model, optax.adam(1e-3))
 
 
-def compile_nnx(vocabulary: int, loss: Callable, *, scan: bool) -> Any:
+def compile_nnx(vocabulary: int, loss: Callable, setting: Setting, *, scan: bool) -> Any:
     """A step of the NNX layer and `PartitionedOptimizer`, or an `nnx.scan` over several."""
-    model, optimizer = nnx.eval_shape(lambda: make_model(vocabulary))
-    target = jnp.ones((BATCH, DIM))
+    specs = setting.specs_of(vocabulary)
+    model, optimizer = abstract(nnx.eval_shape(lambda: make_model(specs)), setting.device)
+    target = np.ones((BATCH, DIM), np.float32)
 
     def step(model, optimizer, packed):
         def loss_of(model):
-            return loss(model.embed(packed, step=0), model.dense(target))
+            return loss(model.embed(packed, step=jnp.int32(0)), model.dense(target))
 
         value, gradients = nnx.value_and_grad(loss_of)(model)
         optimizer.update(model, gradients)
@@ -128,53 +149,53 @@ def compile_nnx(vocabulary: int, loss: Callable, *, scan: bool) -> Any:
 
         return body((model, optimizer), packed)[1]
 
-    packed = packed_batch(model.embed.feature_specs)
-    if scan:
-        compiled = (
-            nnx.jit(steps, donate_argnames=("model", "optimizer")).lower(model, optimizer, repeat(packed)).compile()
-        )
-    else:
-        compiled = nnx.jit(step, donate_argnames=("model", "optimizer")).lower(model, optimizer, packed).compile()
-    return compiled.compiled
+    packed = packed_batch(model.embed.feature_specs, setting.minibatching)
+    packed = abstract(packed, setting.device, STEPS if scan else None)
+    jitted = nnx.jit(steps if scan else step, donate_argnames=("model", "optimizer"))
+    return jitted.lower(model, optimizer, packed).compile().compiled
+
+
+FORMS = {
+    "explicit": functools.partial(compile_explicit, scan=False),
+    "explicit in lax.scan": functools.partial(compile_explicit, scan=True),
+    "nnx": functools.partial(compile_nnx, scan=False),
+    "nnx in nnx.scan": functools.partial(compile_nnx, scan=True),
+}
+LOSSES = (linear_loss, quadratic_loss)
 
 
 class Memory(NamedTuple):
-    """What XLA reports of one compiled step, at each of `VOCABULARIES`."""
+    """What XLA reports of one compiled step, at each of `VOCABULARIES`: bytes."""
 
-    backend: str
-    form: str
-    loss: str
+    tables: list[int]
     temporary: list[int]
     aliased: list[int]
 
     @property
     def in_place(self) -> bool:
         """Whether no temporary memory grows with the vocabulary and all tables and slots are aliased."""
-        wanted = [table_bytes(vocabulary) for vocabulary in VOCABULARIES]
-        whole = all(aliased >= bytes_ for aliased, bytes_ in zip(self.aliased, wanted, strict=True))
+        whole = all(aliased >= bytes_ for aliased, bytes_ in zip(self.aliased, self.tables, strict=True))
         return whole and len(set(self.temporary)) == 1
 
 
-def measure(backends: tuple[str, ...] = ("native", "portable")) -> Iterator[Memory]:
-    """The memory of every combination of backend, form of the step, and loss."""
-    forms = {
-        "explicit": functools.partial(compile_explicit, scan=False),
-        "explicit in lax.scan": functools.partial(compile_explicit, scan=True),
-        "nnx": functools.partial(compile_nnx, scan=False),
-        "nnx in nnx.scan": functools.partial(compile_nnx, scan=True),
-    }
-    for backend in backends:
-        for form, compile_step in forms.items():
-            for loss in (linear_loss, quadratic_loss):
-                with embax.use_backend(backend):
-                    reports = [compile_step(vocabulary, loss).memory_analysis() for vocabulary in VOCABULARIES]
-                yield Memory(
-                    backend,
-                    form,
-                    loss.__name__.removesuffix("_loss"),
-                    [report.temp_size_in_bytes for report in reports],
-                    [report.alias_size_in_bytes for report in reports],
-                )
+def memory_of(compiled: list[Any], setting: Setting) -> Memory:
+    """The memory of a step that was compiled at each of `VOCABULARIES`."""
+    reports = [step.memory_analysis() for step in compiled]
+    return Memory(
+        [setting.table_bytes(vocabulary) for vocabulary in VOCABULARIES],
+        [report.temp_size_in_bytes for report in reports],
+        [report.alias_size_in_bytes for report in reports],
+    )
+
+
+def measure(backend: str) -> Iterator[tuple[str, str, Memory]]:
+    """Form, loss and memory of every combination of form of the step and loss."""
+    setting = Setting()
+    for form, compile_step in FORMS.items():
+        for loss in LOSSES:
+            with embax.use_backend(backend):
+                compiled = [compile_step(vocabulary, loss, setting) for vocabulary in VOCABULARIES]
+            yield form, loss.__name__.removesuffix("_loss"), memory_of(compiled, setting)
 
 
 def main() -> int:
@@ -183,14 +204,14 @@ def main() -> int:
     print(f"jax {jax.__version__}; temporary bytes at {small} and {large} rows, aliased share of tables and slots")
     print(f"{'backend':9} {'form':21} {'loss':10} {'temporary':>10} {'temporary':>10} {'aliased':>8}")
     ok = True
-    for memory in measure():
-        share = memory.aliased[1] / table_bytes(large)
-        verdict = "in place" if memory.in_place else "COPIES"
-        print(
-            f"{memory.backend:9} {memory.form:21} {memory.loss:10} {memory.temporary[0]:10} {memory.temporary[1]:10} "
-            f"{share:8.1%} {verdict}"
-        )
-        ok &= memory.in_place
+    for backend in ("native", "portable"):
+        for form, loss, memory in measure(backend):
+            share = memory.aliased[1] / memory.tables[1]
+            verdict = "in place" if memory.in_place else "COPIES"
+            print(
+                f"{backend:9} {form:21} {loss:10} {memory.temporary[0]:10} {memory.temporary[1]:10} {share:8.1%} {verdict}"
+            )
+            ok &= memory.in_place
     return 0 if ok else 1
 
 

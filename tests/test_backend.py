@@ -54,7 +54,9 @@ def test_an_optimizer_without_a_native_rule_says_so_once():
     variables = embax.init_embedding_variables(jax.random.key(0), specs)
     packed = embax.preprocess({"f": np.array([[3], [8]])}, specs=specs)
     gradients = {"f": jnp.asarray([[2.0] * 8, [-3.0] * 8])}
-    with pytest.warns(embax.SlowPathWarning, match="SignSGD has no native row rule: .* for all its stacks"):
+    with pytest.warns(
+        embax.SlowPathWarning, match="SignSGD has no native row rule: its updates run in plain JAX operations"
+    ):
         new = embax.apply_gradients(gradients, packed, variables, specs=specs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -63,6 +65,18 @@ def test_an_optimizer_without_a_native_rule_says_so_once():
     np.testing.assert_allclose(after[3], before[3] - 0.5, rtol=1e-6)
     np.testing.assert_allclose(after[8], before[8] + 0.5, rtol=1e-6)
     np.testing.assert_array_equal(oracle.tables_of(again, specs)["table"][0], after)
+
+
+def test_a_rule_of_ones_own_is_not_replaced_by_that_of_the_base():
+    class NoStep(embax.SGDOptimizerSpec):
+        def update_rows(self, gradient, table, slots, hyperparameters):
+            return table, slots
+
+    class Named(embax.SGDOptimizerSpec):
+        pass
+
+    assert (NoStep.native_rule, Named.native_rule) == ("", "sgd")
+    assert (NoStep().short_name(), Named().short_name()) == ("nostep", "sgd")
 
 
 def test_choosing_the_portable_backend_is_silent():

@@ -60,7 +60,7 @@ def random_variables(specs, seed=0):
     numbers = np.random.default_rng(seed)
     variables = {}
     for stack in make_plan(specs).stacks:
-        arrays = [jnp.array(numbers.normal(size=stack.shape).astype(np.float32)) for _ in range(stack.num_states)]
+        arrays = [jnp.array(numbers.normal(size=shape).astype(np.float32)) for shape in stack.state_shapes]
         slots = type(stack.optimizer.slot_variables_initializers())
         variables[stack.name] = EmbeddingVariables(arrays[0], slots(*arrays[1:]))
     return variables
@@ -226,7 +226,12 @@ def test_hyperparameters_may_differ(tmp_path, specs, variables):
     assert optimizer == {
         "class": "AdagradOptimizerSpec",
         "slots": ["accumulator"],
+        "row_wise_slots": [],
         "fields": {
+            "clip_gradient_norm": None,
+            "clip_gradient_value": None,
+            "weight_decay": 0.0,
+            "weight_decay_mode": "decoupled",
             "initial_accumulator_value": 0.5,
             "learning_rate": {"function": "test_hyperparameters_may_differ.<locals>.<lambda>"},
         },

@@ -284,3 +284,33 @@ def test_a_layer_drops_what_is_not_valid():
     name = next(iter(spoilt))
     spoilt[name][0, 0] = 10**6
     assert layer.preprocess(spoilt).stats.invalid_ids[name] == 1
+
+
+def custom_rule(gradient, table, accumulator, learning_rate):
+    accumulator = accumulator + jnp.mean(gradient * gradient, axis=1, keepdims=True)
+    return table - learning_rate * gradient / (jnp.sqrt(accumulator) + 1e-8), accumulator
+
+
+@pytest.mark.filterwarnings("ignore:CustomOptimizerSpec has no native row rule:embax.SlowPathWarning")
+def test_slots_of_one_value_a_row_and_limits_reach_the_layer():
+    custom = embax.CustomOptimizerSpec(
+        0.1, custom_rule, slot_variable_initializers_tuple=(jax.nn.initializers.zeros,), slots_of_one_value=(True,)
+    )
+    after = []
+    for optimizer in (embax.RowWiseAdagradOptimizerSpec(0.1), custom):
+        model = Model(specs=feature_specs(optimizer), embedding_var_limits={"shared": (-0.3, 0.3)})
+        dense = PartitionedOptimizer(model, optax.sgd(1e-2))
+        before = oracle.tables_of(model.embed.embedding_table.get_value(), model.embed.feature_specs)
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            ids, labels = draw(rng)
+            train_step(model, dense, model.embed.preprocess(ids), labels)
+        after.append(oracle.tables_of(model.embed.embedding_table.get_value(), model.embed.feature_specs))
+    touched = (after[0]["shared"][0] != before["shared"][0]).any(axis=1)
+    assert 10 < touched.sum() <= 30
+    assert np.abs(after[0]["shared"][0][touched]).max() <= np.float32(0.3) < np.abs(after[0]["other"][0]).max()
+    assert np.abs(after[0]["shared"][0][~touched]).max() > 0.3
+    for one, other in zip(after[0]["shared"], after[1]["shared"], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"embedding_var_limits has \['none'\], which are no stacks"):
+        Model(embedding_var_limits={"none": (0, 1)})

@@ -296,6 +296,15 @@ OPTAX = {
     ),
     "adam": (embax.AdamOptimizerSpec(0.1), optax.adam(0.1)),
     "adam, large epsilon": (embax.AdamOptimizerSpec(0.1, 0.8, 0.9, 0.1), optax.adam(0.1, 0.8, 0.9, 0.1)),
+    "adamw": (embax.AdamOptimizerSpec(0.1, weight_decay=0.2), optax.adamw(0.1, weight_decay=0.2)),
+    "adagrad with l2": (
+        embax.AdagradOptimizerSpec(0.1, clip_gradient_value=0.5, weight_decay=0.2, weight_decay_mode="l2"),
+        optax.chain(
+            optax.clip(0.5),
+            optax.add_decayed_weights(0.2),
+            optax.adagrad(0.1, initial_accumulator_value=0.1, eps=0.0),
+        ),
+    ),
     "laprop": (
         embax.LaPropOptimizerSpec(0.1),
         optax.chain(
@@ -319,7 +328,9 @@ def test_optax_takes_the_same_steps_when_every_row_is_touched(standard_promotion
         gradient = jnp.asarray(rng.standard_normal((12, 8)), jnp.float32)
         variables, tables = take_step(variables, ids, gradient, step)
         for name, (_, transformation) in OPTAX.items():
-            updates, states[name] = transformation.update(jnp.zeros_like(gradient).at[ids].set(gradient), states[name])
+            updates, states[name] = transformation.update(
+                jnp.zeros_like(gradient).at[ids].set(gradient), states[name], dense[name]
+            )
             dense[name] = optax.apply_updates(dense[name], updates)
             # optax rounds b2 in Adam's bias correction, but not 1 - b2: 6e-6 of each of these steps of 0.1.
             np.testing.assert_allclose(tables[name][0], dense[name], rtol=1e-5, atol=5e-6, err_msg=name)

@@ -8,6 +8,7 @@
 #include <exception>
 #include <functional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #if defined(__linux__)
@@ -161,6 +162,32 @@ ffi::Error RunTasks(ffi::ThreadPool threads, const PackedBatch& batch, int64_t b
   return ffi::Error::Success();
 }
 
+// An array [rows, columns], or [rows], which is one column; without data where a buffer is neither, or not float32.
+struct Columns {
+  float* data = nullptr;
+  int64_t rows = 0, columns = 0;
+
+  template <typename Buffers>
+  static Columns Of(const Buffers& buffers, int64_t k) {
+    auto buffer = buffers.template get<ffi::AnyBuffer>(k);
+    if (!buffer.has_value()) return {};
+    if constexpr (std::is_same_v<Buffers, ffi::RemainingRets>) {
+      return Of(**buffer);
+    } else {
+      return Of(*buffer);
+    }
+  }
+
+  bool SameShape(const Columns& other) const { return rows == other.rows && columns == other.columns; }
+
+ private:
+  static Columns Of(const ffi::AnyBuffer& buffer) {
+    const auto shape = buffer.dimensions();
+    if (buffer.element_type() != ffi::F32 || shape.size() < 1 || shape.size() > 2) return {};
+    return {static_cast<float*>(buffer.untyped_data()), shape[0], shape.size() == 2 ? shape[1] : 1};
+  }
+};
+
 ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
                   Int32s num_minibatches, ffi::RemainingArgs tables, ffi::RemainingRets activations,
                   int64_t num_sparsecores, int64_t max_minibatches, Int64Span stacks, FloatSpan quantization) {
@@ -174,24 +201,22 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
   std::vector<LookupTask> tasks(n);
   int64_t bytes = 0;
   for (int64_t k = 0; k < n; ++k) {
-    const auto table = tables.get<Matrix>(k);
-    auto out = activations.get<Matrix>(k);
-    if (!table.has_value() || !out.has_value()) return Invalid("lookup: tables must be float32 matrices");
-    const auto shape = table->dimensions(), out_shape = (*out)->dimensions();
+    const Columns table = Columns::Of(tables, k), out = Columns::Of(activations, k);
+    if (table.data == nullptr || out.data == nullptr) return Invalid("lookup: tables must be float32 of rank 1 or 2");
     const int64_t samples_per_sparsecore = batch.stack(k).samples_per_sparsecore;
-    if (shape[0] % num_sparsecores != 0 || out_shape[0] != samples_per_sparsecore * num_sparsecores ||
-        out_shape[1] != shape[1]) {
+    if (table.rows % num_sparsecores != 0 || out.rows != samples_per_sparsecore * num_sparsecores ||
+        out.columns != table.columns) {
       return Invalid("lookup: the shapes of table and activations of stack " + std::to_string(k) + " do not match");
     }
     LookupTask& t = tasks[k];
     t.num_partitions = num_sparsecores;
-    t.table = table->typed_data();
-    t.rows_per_partition = shape[0] / num_sparsecores;
-    t.dim = shape[1];
-    t.out = (*out)->typed_data();
+    t.table = table.data;
+    t.rows_per_partition = table.rows / num_sparsecores;
+    t.dim = table.columns;
+    t.out = out.data;
     t.num_samples = samples_per_sparsecore;
     t.quantization = {quantization[3 * k], quantization[3 * k + 1], quantization[3 * k + 2]};
-    bytes += sizeof(float) * t.dim * (batch.NumEntries(k) + out_shape[0]);
+    bytes += sizeof(float) * t.dim * (batch.NumEntries(k) + out.rows);
   }
   const RowKernels& kernels = SelectRowKernels();
   return RunTasks(threads, batch, bytes, [&](int64_t stack, int64_t sparsecore) {
@@ -236,31 +261,28 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
         num_hyperparameters[k] > static_cast<int64_t>(hyperparameters.element_count()) - next_hyperparameter) {
       return Invalid("update: stack " + std::to_string(k) + " lacks operands or results");
     }
-    const auto gradient = operands.get<Matrix>(k);
-    if (!gradient.has_value()) return Invalid("update: gradients must be float32 matrices");
-    const auto gradient_shape = gradient->dimensions();
-    t.dim = gradient_shape[1];
-    t.gradient = gradient->typed_data();
+    const Columns gradient = Columns::Of(operands, k);
+    if (gradient.data == nullptr) return Invalid("update: gradients must be float32 of rank 1 or 2");
+    t.dim = gradient.columns;
+    t.gradient = gradient.data;
     t.num_samples = batch.stack(k).samples_per_sparsecore;
     t.num_minibatches = batch.num_minibatches();
     t.num_sources = num_sparsecores * t.num_minibatches;
-    if (gradient_shape[0] != t.num_samples * num_sparsecores) {
+    if (gradient.rows != t.num_samples * num_sparsecores) {
       return Invalid("update: the gradient of stack " + std::to_string(k) + " has another number of samples");
     }
     for (int slot = 0; slot <= rule.num_slots; ++slot, ++next_state) {
-      const auto before = operands.get<Matrix>(n + next_state);
-      auto after = results.get<Matrix>(next_state);
-      if (!before.has_value() || !after.has_value()) return Invalid("update: tables and slots must be float32 matrices");
-      const auto shape = before->dimensions(), after_shape = (*after)->dimensions();
-      if (slot == 0) t.rows_per_partition = shape[0] / num_sparsecores;
-      if (shape[0] != t.rows_per_partition * num_sparsecores || shape[1] != StateColumns(rule.row_wise, slot, t.dim) ||
-          after_shape[0] != shape[0] || after_shape[1] != shape[1]) {
+      const Columns before = Columns::Of(operands, n + next_state), after = Columns::Of(results, next_state);
+      if (before.data == nullptr || after.data == nullptr) {
+        return Invalid("update: tables and slots must be float32 of rank 1 or 2");
+      }
+      if (slot == 0) t.rows_per_partition = before.rows / num_sparsecores;
+      if (before.rows != t.rows_per_partition * num_sparsecores ||
+          before.columns != StateColumns(rule.row_wise, slot, t.dim) || !after.SameShape(before)) {
         return Invalid("update: the shapes of table, slots and gradient of stack " + std::to_string(k) + " do not match");
       }
-      t.state[slot] = (*after)->typed_data();
-      if (t.state[slot] != before->typed_data()) {
-        std::copy_n(before->typed_data(), before->element_count(), t.state[slot]);
-      }
+      t.state[slot] = after.data;
+      if (after.data != before.data) std::copy_n(before.data, before.rows * before.columns, after.data);
     }
     t.hyperparameters = hyperparameters.typed_data() + next_hyperparameter;
     next_hyperparameter += num_hyperparameters[k];

@@ -270,7 +270,7 @@ int main() {
   std::mt19937 random(1);
   const RowKernels& kernels = embax::SelectRowKernels();
   for (const int64_t dim : {1, 3, 8, 16, 20, 32, 64, 128, 129}) {
-    for (int repetition = 0; repetition < 20; ++repetition) {
+    for (int repetition = 0; repetition < 8; ++repetition) {
       const int64_t minibatches = repetition % 2 == 0 ? 1 : 3;
       for (const bool damaged : {false, true}) {
         TestLookup(kernels, random, dim, minibatches, damaged);

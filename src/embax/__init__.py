@@ -51,6 +51,7 @@ from embax.optimizers import AdagradOptimizerSpec as AdagradOptimizerSpec
 from embax.optimizers import AdagradSlotVariables as AdagradSlotVariables
 from embax.optimizers import AdamOptimizerSpec as AdamOptimizerSpec
 from embax.optimizers import AdamSlotVariables as AdamSlotVariables
+from embax.optimizers import CustomOptimizerSpec as CustomOptimizerSpec
 from embax.optimizers import F2AOptimizerSpec as F2AOptimizerSpec
 from embax.optimizers import F2ASlotVariables as F2ASlotVariables
 from embax.optimizers import FTRLOptimizerSpec as FTRLOptimizerSpec

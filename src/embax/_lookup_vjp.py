@@ -14,6 +14,7 @@ import jax.core
 import jax.numpy as jnp
 
 from embax._matmul import lookup_features, update_features
+from embax._ops.row_update import RowLimits
 from embax._preprocess.buffers import PreprocessedInput
 from embax._stacking.plan import Plan
 
@@ -36,33 +37,39 @@ def _note_differentiated(variables: dict[str, Any], plan: Plan) -> None:
         _differentiated[id(table)] = table
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def lookup_and_update(
-    plan: Plan, variables: dict[str, Any], lookups: jax.Array, packed: PreprocessedInput, step: jax.Array | int | None
+    plan: Plan,
+    limits: tuple[RowLimits, ...],
+    variables: dict[str, Any],
+    lookups: jax.Array,
+    packed: PreprocessedInput,
+    step: jax.Array | int | None,
 ) -> list[jax.Array]:
     """Activations of each feature, in the order of the feature leaves.
 
     Args:
         plan: static.
+        limits: of each stack, static: what the new rows of its table are clipped to.
         variables: table and slots of each stack; their cotangent is the new table and slots.
         lookups: float32 scalar; its cotangent is 1, so that a sum of several cotangents, or none, can be told.
         packed: the packed batch.
         step: for schedules and for optimizers that need it.
     """
-    del lookups, step
+    del limits, lookups, step
     return lookup_features(packed, variables, plan)[0]
 
 
-def _forward(plan, variables, lookups, packed, step):
-    del lookups
+def _forward(plan, limits, variables, lookups, packed, step):
+    del limits, lookups
     _note_differentiated(variables, plan)
     features, stacked = lookup_features(packed, variables, plan)
     return features, (variables, packed, step, stacked)
 
 
-def _backward(plan, residuals, gradients):
+def _backward(plan, limits, residuals, gradients):
     variables, packed, step, stacked = residuals
-    new = update_features(gradients, packed, variables, plan, step, stacked)
+    new = update_features(gradients, packed, variables, plan, step, stacked, limits)
     return new, jnp.ones((), jnp.float32), None, None
 
 

@@ -43,14 +43,18 @@ def _flatten_like(tree: Any, structure: PyTreeDef, what: str) -> list[jax.Array]
 
 def _slot_names(stack: StackPlan) -> Sequence[str]:
     slots = stack.optimizer.slot_variables_initializers()
-    return getattr(slots, "_fields", range(len(slots)))
+    return getattr(slots, "_fields", [str(number) for number in range(len(slots))])
 
 
-def _checked_limits(limits: Mapping[str, Any] | None, plan: Plan) -> list[RowLimits]:
-    """Limits of each stack's new rows, from a mapping by the names of some stacks."""
+def checked_limits(limits: Mapping[str, Any] | None, plan: Plan) -> tuple[RowLimits, ...]:
+    """Limits of each stack's new rows, from a mapping by the names of some stacks.
+
+    Raises:
+        ValueError: a name is of no stack, or a pair is not (min, max).
+    """
     names = [stack.name for stack in plan.stacks]
     if limits is None:
-        return [NO_LIMITS] * len(names)
+        return (NO_LIMITS,) * len(names)
     remedy = "Pass a dict of (min, max), either of which may be None, by the names of stacks."
     if not isinstance(limits, Mapping):
         raise ValueError(f"embedding_var_limits is a {type(limits).__name__}. {remedy}")
@@ -58,17 +62,18 @@ def _checked_limits(limits: Mapping[str, Any] | None, plan: Plan) -> list[RowLim
         raise ValueError(f"embedding_var_limits has {unknown}, which are no stacks; the stacks are {names}. {remedy}")
     checked = []
     for name in names:
-        pair = limits.get(name, NO_LIMITS)
-        numbers = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
-        numbers = numbers and all(end is None or is_finite_number(end) for end in pair)
-        low, high = pair if numbers else NO_LIMITS
-        if not numbers or (low is not None and high is not None and low > high):
+        pair: Any = limits.get(name, NO_LIMITS)
+        valid = (
+            isinstance(pair, Sequence) and len(pair) == 2 and all(end is None or is_finite_number(end) for end in pair)
+        )
+        ends = [None if end is None else float(end) for end in pair] if valid else []
+        if not valid or (None not in ends and ends != sorted(ends)):
             raise ValueError(
                 f"embedding_var_limits of stack {name!r} is {pair!r}; it must be two finite numbers (min, max) in this order, "
                 "or None for no limit."
             )
-        checked.append(tuple(None if end is None else float(end) for end in pair))
-    return checked
+        checked.append(tuple(ends))
+    return tuple(checked)
 
 
 def check_variables(variables: Mapping[str, Any], plan: Plan) -> None:
@@ -237,7 +242,7 @@ def apply_gradients(
                 check_activations("activation", feature, batch, by_leaf[feature.leaf])
             after.append(by_leaf[stack.features[0].leaf])
     leaves = _flatten_like(gradients, structure, "gradients")
-    return update_features(leaves, packed, variables, plan, step, after, _checked_limits(embedding_var_limits, plan))
+    return update_features(leaves, packed, variables, plan, step, after, checked_limits(embedding_var_limits, plan))
 
 
 def read_rows(variables: Mapping[str, EmbeddingVariables], table: str, ids: Any, *, specs: Any) -> jax.Array:

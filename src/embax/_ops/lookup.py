@@ -13,7 +13,7 @@ from embax._ops import native, sparsecore
 from embax._ops.backend import backend_on, chosen_backend
 from embax._ops.geometry import Geometry, StackGeometry, packed_operands
 from embax._ops.refusals import refuse_transformations
-from embax._ops.segments import entries_of, physical_rows, sum_runs
+from embax._ops.segments import count_up_to, entries_of, physical_rows, sum_runs
 from embax._preprocess.buffers import PreprocessedInput
 
 lookup_p = Primitive("embax_lookup")
@@ -47,28 +47,6 @@ def _quantize(rows: jax.Array, quantization: tuple[float, float, int] | None) ->
     return jnp.round((jnp.clip(rows, low, high) - low) / step) * step + low
 
 
-def _lowering(lookup):
-    """`lookup(arrays, tables, geometry)` as a lowering."""
-
-    def wrapped(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str | None):
-        del backend
-        return lookup((row_pointers, ids, samples, gains, num_minibatches), tables, geometry)
-
-    return mlir.lower_fun(wrapped, multiple_results=True)
-
-
-def _as_matrices(lookup):
-    """`lookup(arrays, tables, geometry)` on one device, which takes matrices alone; a vector is a matrix of one column."""
-
-    def wrapped(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
-        geometry.check_one_device()
-        matrices = [table[:, None] if table.ndim == 1 else table for table in tables]
-        found = lookup(arrays, matrices, geometry)
-        return [rows.reshape(-1) if table.ndim == 1 else rows for rows, table in zip(found, tables, strict=True)]
-
-    return wrapped
-
-
 def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGeometry) -> jax.Array:
     num_samples = geometry.num_samples(stack)
     if stack.capacity == 0 or num_samples == 0:
@@ -81,23 +59,41 @@ def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGe
     values = jnp.where((rows < table.shape[0])[:, None], gain[order][:, None] * values, 0.0)
     _, sums = sum_runs(sample, values)
     wanted = jnp.arange(num_samples, dtype=sample.dtype)
-    last = jnp.searchsorted(sample, wanted, side="right") - 1
+    last = count_up_to(sample, wanted) - 1
     present = (last >= 0) & (sample[last] == wanted)
     return jnp.where(present[:, None], sums[last], 0.0)
 
 
 def _portable(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
-    return [
-        _portable_stack(arrays, table, geometry, stack) for table, stack in zip(tables, geometry.stacks, strict=True)
-    ]
+    geometry.check_one_device()
+    activations = []
+    for table, stack in zip(tables, geometry.stacks, strict=True):
+        found = _portable_stack(arrays, table[:, None] if table.ndim == 1 else table, geometry, stack)
+        activations.append(found.reshape(-1) if table.ndim == 1 else found)
+    return activations
+
+
+def _native(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> Sequence[jax.Array]:
+    geometry.check_one_device()
+    return native.lookup(arrays, tables, geometry)
 
 
 def _sparsecore(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
-    found: list[jax.Array] = []
+    activations: list[jax.Array] = []
     for table, stack in zip(tables, geometry.stacks, strict=True):
-        look_up = sparsecore.lookup if sparsecore.holds(stack, table, geometry) else _as_matrices(_portable)
-        found += look_up(arrays, [table], dataclasses.replace(geometry, stacks=(stack,)))
-    return found
+        look_up = sparsecore.lookup if sparsecore.holds(stack, table, geometry) else _portable
+        activations += look_up(arrays, [table], dataclasses.replace(geometry, stacks=(stack,)))
+    return activations
+
+
+def _lowering(lookup):
+    """`lookup(arrays, tables, geometry)` as a lowering."""
+
+    def wrapped(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str | None):
+        del backend
+        return lookup((row_pointers, ids, samples, gains, num_minibatches), tables, geometry)
+
+    return mlir.lower_fun(wrapped, multiple_results=True)
 
 
 @functools.cache
@@ -125,8 +121,8 @@ refuse_transformations(
     batching="Make one larger batch instead, or several features.",
 )
 
-_lower_portable = _lowering(_as_matrices(_portable))
-_lower_native = _lowering(_as_matrices(native.lookup))
+_lower_portable = _lowering(_portable)
+_lower_native = _lowering(_native)
 _lower_sparsecore = _lowering(_sparsecore)
 
 

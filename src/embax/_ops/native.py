@@ -66,15 +66,15 @@ def lookup(packed: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: G
 
     Args:
         packed: the arrays of the batch.
-        tables: float32[rows, dim] of each stack.
+        tables: float32[rows, dim] of each stack, or float32[rows].
         geometry: static.
 
     Returns:
-        float32[samples, dim] of each stack.
+        float32[samples, dim] of each stack, without dim where its table has none.
     """
     register()
     shapes = [
-        jax.ShapeDtypeStruct((geometry.num_samples(stack), table.shape[1]), table.dtype)
+        jax.ShapeDtypeStruct((geometry.num_samples(stack), *table.shape[1:]), table.dtype)
         for stack, table in zip(geometry.stacks, tables, strict=True)
     ]
     return jax.ffi.ffi_call("embax_lookup", shapes)(
@@ -82,9 +82,7 @@ def lookup(packed: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: G
     )
 
 
-def _row_options(
-    geometry: Geometry, optimizers: Sequence[OptimizerSpec], limits: Sequence[RowLimits]
-) -> np.ndarray:
+def _row_options(geometry: Geometry, optimizers: Sequence[OptimizerSpec], limits: Sequence[RowLimits]) -> np.ndarray:
     """float32[6 * stacks]: see `RowOptions` in `csrc/kernels/rows.h`; infinite where there is no limit."""
     options = []
     for stack, optimizer, (low, high) in zip(geometry.stacks, optimizers, limits, strict=True):
@@ -114,14 +112,14 @@ def update(
     Args:
         packed: the arrays of the batch.
         hyperparameters: those of all stacks.
-        operands: gradients, tables and slots as matrices, and what orders the update.
+        operands: gradients, tables and slots, and what orders the update. None is reshaped, which would copy it.
         geometry: static.
         optimizers: of each stack.
         num_hyperparameters: of each stack: those of its rule, and one more where rows decay apart from it.
         limits: of each stack.
 
     Returns:
-        Table and slots of each stack, as matrices.
+        Table and slots of each stack.
     """
     register()
     num_states = sum(1 + optimizer.slot_variables_count() for optimizer in optimizers)

@@ -8,6 +8,7 @@ import numpy as np
 
 from embax._types import Rows, RowSlots, Scalars
 from embax.optimizers import OptimizerSpec
+from embax.optimizers._clipping import apply_clipping
 
 RowLimits: TypeAlias = tuple[float | None, float | None]
 """The smallest and the largest value that an element of a new row may have, None where there is no limit."""
@@ -58,12 +59,7 @@ def new_rows(
     if optimizer.l2:
         gradient = gradient + np.float32(optimizer.l2) * table
     if optimizer.decays_weights:
-        *hyperparameters, decay = hyperparameters
-        table = table - decay * table
-    table, slots = optimizer.update_rows(gradient, table, slots, tuple(hyperparameters))
-    low, high = limits
-    if low is not None:
-        table = jnp.maximum(table, np.float32(low))
-    if high is not None:
-        table = jnp.minimum(table, np.float32(high))
-    return table, tuple(slots)
+        table = table - hyperparameters[-1] * table
+        hyperparameters = hyperparameters[:-1]
+    table, slots = optimizer.update_rows(gradient, table, slots, hyperparameters)
+    return apply_clipping(table, *limits), tuple(slots)

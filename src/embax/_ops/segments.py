@@ -39,7 +39,7 @@ def entries_of(
         ends = ends + starts[:, None]
     begins = jnp.concatenate([starts[:, None], _aligned(ends[:, :-1])], axis=1).reshape(-1)
     position = jnp.arange(stack.capacity, dtype=jnp.int32)
-    place = jnp.searchsorted(begins, position, side="right").astype(jnp.int32) - 1
+    place = count_up_to(begins, position) - 1
     partition, sparsecore = place % num, place // num // minibatches
 
     def part(array: jax.Array) -> jax.Array:
@@ -49,6 +49,12 @@ def entries_of(
     valid = (position < ends.reshape(-1)[place]) & (sample >= 0) & (sample < stack.samples_per_sparsecore)
     sample = jnp.where(valid, sample + sparsecore * stack.samples_per_sparsecore, geometry.num_samples(stack))
     return partition, part(ids), sample, jnp.where(valid, part(gains), 0.0)
+
+
+def count_up_to(ascending: jax.Array, values: jax.Array) -> jax.Array:
+    """int32: how many elements of `ascending` are no larger than each value."""
+    # Unrolled, the search is one kernel; as a loop, which is the default, it starts several for each halving.
+    return jnp.searchsorted(ascending, values, side="right", method="scan_unrolled").astype(jnp.int32)
 
 
 def _aligned(ends: jax.Array) -> jax.Array:
@@ -74,16 +80,36 @@ def sum_runs(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
         `(is_last, sums)`: bool[n], true at the last element of each run, and float32[n, dim] that holds there the sum.
     """
-    count = keys.shape[0]
-    ends = keys[1:] != keys[:-1]
-    position = jnp.arange(count, dtype=jnp.int32)
-    start = jax.lax.cummax(jnp.where(jnp.concatenate([jnp.ones(1, bool), ends]), position, 0))
+    return jnp.concatenate([keys[1:] != keys[:-1], jnp.ones(1, bool)]), _running_sums(keys, values)
 
-    # After k rounds, each element holds the sum of the 2^k elements of its run that end with it. A loop of few gathers
-    # compiles in a fraction of the time of lax.associative_scan, which unrolls into hundreds of operations.
-    def add_from_left(k, sums):
-        left = position - (1 << k)
-        return sums + jnp.where((left >= start)[:, None], sums[jnp.maximum(left, 0)], 0.0)
 
-    sums = jax.lax.fori_loop(0, (count - 1).bit_length(), add_from_left, values)
-    return jnp.concatenate([ends, jnp.ones(1, bool)]), sums
+# Longer blocks make fewer levels, and so fewer kernels, and compile longer. Of 4, 6, 8, 12 and 16 tried on CPU and compiled for
+# an H100, 8 was as fast as any, moved hardly more bytes than 16, and compiled in half its time.
+_BLOCK = 8
+
+
+def _running_sums(keys: jax.Array, values: jax.Array) -> jax.Array:
+    """float32[n, dim]: at each element, the sum of its run up to it.
+
+    In blocks of `_BLOCK` elements, one after another. What a block ends with goes into a list of its own, an eighth as long,
+    whose running sums, found the same way, are what the blocks begin with. So each level reads its values twice and writes
+    them once; a scan by doubling distances would read and write all of them log2(n) times.
+    """
+    count, dim = values.shape
+    num_blocks = -(-count // _BLOCK)
+    padding = (0, num_blocks * _BLOCK - count)
+    place = [key[:, None] for key in jnp.unstack(jnp.pad(keys, padding).reshape(num_blocks, _BLOCK), axis=1)]
+    value = jnp.unstack(jnp.pad(values, (padding, (0, 0))).reshape(num_blocks, _BLOCK, dim), axis=1)
+
+    def sums_from(first: jax.Array) -> list[jax.Array]:
+        sums = [first]
+        for k in range(1, _BLOCK):
+            sums.append(value[k] + jnp.where(place[k] == place[k - 1], sums[-1], 0.0))
+        return sums
+
+    first = value[0]
+    if num_blocks > 1:
+        before = _running_sums(place[-1][:-1, 0], sums_from(first)[-1][:-1])
+        goes_on = place[0][1:] == place[-1][:-1]
+        first = jnp.concatenate([first[:1], first[1:] + jnp.where(goes_on, before, 0.0)])
+    return jnp.stack(sums_from(first), axis=1).reshape(num_blocks * _BLOCK, dim)[:count]

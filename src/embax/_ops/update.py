@@ -112,7 +112,7 @@ def _portable_stack(
     geometry.check_one_device()
     shapes = [array.shape for array in state]
     gradient, state = _columns(gradient), tuple(map(_columns, state))
-    num_rows, dim = state[0].shape
+    num_rows = state[0].shape[0]
     if num_rows + stack.capacity > INT32_MAX:
         raise ValueError(
             f"Stack {stack.name!r}: {num_rows} rows and a buffer of {stack.capacity} entries are more than int32 counts, "
@@ -135,7 +135,7 @@ def _portable_stack(
     compact = jnp.argsort(touched)
     touched = touched[compact]
     # A rule that mixes the elements of a row must not see the columns that only the stack has.
-    width = dim if optimizer.elementwise else stack.width
+    width = stack.width
     old = [
         array.at[touched, :width].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
         for array in state
@@ -246,25 +246,13 @@ def _native(
     hyperparameters,
     *operands,
     geometry: Geometry,
-    optimizers: tuple[OptimizerSpec, ...],
-    num_hyperparameters: tuple[int, ...],
-    limits: tuple[RowLimits, ...],
     backend: str | None,
+    **params,
 ):
     del backend
     geometry.check_one_device()
-    _, states, _ = _split(operands, optimizers)
-    new = native.update(
-        (row_pointers, ids, samples, gains, num_minibatches),
-        hyperparameters,
-        [_columns(operand) for operand in operands],
-        geometry=geometry,
-        optimizers=optimizers,
-        num_hyperparameters=num_hyperparameters,
-        limits=limits,
-    )
-    old = [array for state in states for array in state]
-    return [array.reshape(before.shape) for array, before in zip(new, old, strict=True)]
+    arrays = (row_pointers, ids, samples, gains, num_minibatches)
+    return native.update(arrays, hyperparameters, operands, geometry=geometry, **params)
 
 
 _lower_native = mlir.lower_fun(_native, multiple_results=True)

@@ -247,8 +247,9 @@ def stack_tables(
 
     Raises:
         ValueError: a table is unknown, repeated or stacked already, the stack's name is taken, the tables differ in
-            optimizer, combiner or quantization, or in `embedding_dim` under a rule that is not elementwise, other tables are placed for other counts, or an argument or a limit that a
-            function returns is not what is described here. All specs are then as they were.
+            optimizer, combiner or quantization, or in `embedding_dim` under a rule that is not elementwise, other tables are
+            placed for other counts, or an argument or a limit that a function returns is not what is described here. All
+            specs are then as they were.
     """
     leaves = copied_features(features)
     known = table_specs(leaves)

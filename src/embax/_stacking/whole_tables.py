@@ -98,13 +98,15 @@ def stack_and_shard_tables(tables: Mapping[str, Any], *, specs: Any, pad_value: 
 
     Args:
         tables: for each table of the specs an array [vocabulary_size, embedding_dim], or [vocabulary_size] of one value a row,
-            NumPy or JAX, or a tree of them, such as `embax.EmbeddingVariables`; the trees of the tables of a stack have one structure, and one dtype a leaf.
+            NumPy or JAX, or a tree of them, such as `embax.EmbeddingVariables`; the trees of the tables of a stack have one
+            structure, and one dtype and rank a leaf.
         specs: the placed feature tree, with all tables of its stacks.
         pad_value: what rows and columns that belong to no id hold. Training does not read them.
 
     Returns:
-        For each stack the tree of its tables, of arrays [stack_vocab_size, stack_embedding_dim] or [stack_vocab_size]: new NumPy arrays where all
-        tables are NumPy, else JAX, sharded as the tables are where they all have one `NamedSharding` and it suits.
+        For each stack the tree of its tables, of arrays [stack_vocab_size, stack_embedding_dim] or [stack_vocab_size]: new
+        NumPy arrays where all tables are NumPy, else JAX, sharded as the tables are where they all have one `NamedSharding` and
+        it suits.
 
     Raises:
         ValueError: a table is missing or unknown, has another shape, is a masked array, or differs from the others of its
@@ -150,8 +152,8 @@ def unshard_and_unstack_tables(stacked: Mapping[str, Any], *, specs: Any) -> dic
 
     Returns:
         For each table of the specs, in the order of `embax.get_table_specs`, the tree of its stack, of new arrays
-        [vocabulary_size, embedding_dim] or [vocabulary_size] of the same kind and dtype. JAX arrays keep a `NamedSharding` that suits them; a
-        table whose rows it does not divide is sharded as XLA chooses.
+        [vocabulary_size, embedding_dim] or [vocabulary_size] of the same kind and dtype. JAX arrays keep a `NamedSharding` that
+        suits them; a table whose rows it does not divide is sharded as XLA chooses.
 
     Raises:
         ValueError: a stack is missing or unknown, has another shape, or is a masked array.

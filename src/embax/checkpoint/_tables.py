@@ -17,7 +17,13 @@ BLOCK_BYTES = 64 << 20
 
 @functools.partial(jax.jit, static_argnames=("count", "columns", "num_sparsecores"))
 def _take(
-    stacked: jax.Array, first: Any, placement: RowPlacement, *, count: int, columns: tuple[int, ...], num_sparsecores: int
+    stacked: jax.Array,
+    first: Any,
+    placement: RowPlacement,
+    *,
+    count: int,
+    columns: tuple[int, ...],
+    num_sparsecores: int,
 ) -> jax.Array:
     ids = first + jnp.arange(count, dtype=jnp.int32)
     physical = physical_rows(ids, placement, stacked.shape[0], num_sparsecores)

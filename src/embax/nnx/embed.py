@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("embax.nnx needs Flax and optax: pip install 'embax[flax]'") from error
 
 from embax._lookup_vjp import lookup_and_update
-from embax._matmul import feature_structure, read_rows
+from embax._matmul import checked_limits, feature_structure, read_rows
 from embax._preprocess.buffers import PreprocessedInput
 from embax._preprocess.packer import Packer
 from embax._stacking.plan import make_plan
@@ -27,12 +27,15 @@ class EmbeddingVariablesParam(nnx.Param):
 
 
 class _Features:
-    """A placed feature tree as a static attribute: compared by identity, so that no trace looks into it."""
+    """A placed feature tree, and the limits of new rows, as a static attribute: compared by identity, so that no trace looks
+    into it.
+    """
 
-    def __init__(self, specs: Any) -> None:
+    def __init__(self, specs: Any, embedding_var_limits: Mapping[str, Any] | None) -> None:
         self.specs = specs
         self.structure = feature_structure(specs)
         self.plan = make_plan(specs)
+        self.limits = checked_limits(embedding_var_limits, self.plan)
 
 
 class SparseCoreEmbed(nnx.Module):
@@ -51,6 +54,8 @@ class SparseCoreEmbed(nnx.Module):
         validation: what happens to ids and weights that are not valid, "raise", "drop" or "trust": see `embax.preprocess`.
         enable_minibatching: whether a batch beyond the limits of partitions is divided into minibatches.
         num_sc_per_device: SparseCores of the device; None means its own (4 virtual ones off TPU).
+        embedding_var_limits: `(min, max)` that the new rows of a stack's table are clipped to, by the name of the stack: see
+            `embax.apply_gradients`.
 
     Attributes:
         embedding_table: `EmbeddingVariables` of each stack by name.
@@ -72,10 +77,11 @@ class SparseCoreEmbed(nnx.Module):
         validation: str = "raise",
         enable_minibatching: bool = False,
         num_sc_per_device: int | None = None,
+        embedding_var_limits: Mapping[str, tuple[float | None, float | None]] | None = None,
     ):
         specs = copy_feature_specs(feature_specs)
         prepare_feature_specs_for_training(specs, 1, num_sc_per_device)
-        self._features = nnx.static(_Features(specs))
+        self._features = nnx.static(_Features(specs, embedding_var_limits))
         packer = Packer(specs, limits=limits, validation=validation, enable_minibatching=enable_minibatching)
         self._packer = nnx.static(packer)
         self.embedding_table = EmbeddingVariablesParam(init_embedding_variables(rngs.params(), specs))
@@ -132,7 +138,12 @@ class SparseCoreEmbed(nnx.Module):
                 "embed(embed.preprocess(ids)), with preprocess outside jit."
             )
         activations: Any = lookup_and_update(
-            self._features.plan, self.embedding_table.get_value(), self.lookups.get_value(), packed, step
+            self._features.plan,
+            self._features.limits,
+            self.embedding_table.get_value(),
+            self.lookups.get_value(),
+            packed,
+            step,
         )
         return jax.tree.unflatten(self._features.structure, activations)
 

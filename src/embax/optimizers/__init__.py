@@ -7,6 +7,7 @@ from embax.optimizers.adagrad_momentum import AdagradMomentumOptimizerSpec as Ad
 from embax.optimizers.adagrad_momentum import AdagradMomentumSlotVariables as AdagradMomentumSlotVariables
 from embax.optimizers.adam import AdamOptimizerSpec as AdamOptimizerSpec
 from embax.optimizers.adam import AdamSlotVariables as AdamSlotVariables
+from embax.optimizers.custom import CustomOptimizerSpec as CustomOptimizerSpec
 from embax.optimizers.f2a import F2AOptimizerSpec as F2AOptimizerSpec
 from embax.optimizers.f2a import F2ASlotVariables as F2ASlotVariables
 from embax.optimizers.ftrl import FTRLOptimizerSpec as FTRLOptimizerSpec

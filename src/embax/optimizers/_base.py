@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from embax._checks import is_finite_number
 from embax._types import Rows, RowSlots, Scalars
+from embax.optimizers._trace import is_elementwise
 
 LearningRate: TypeAlias = float | Callable[..., Any]
 Initializer: TypeAlias = Callable[..., jax.Array]
@@ -74,12 +75,17 @@ class OptimizerSpec:
     clip_gradient_norm: float | None = dataclasses.field(default=None, kw_only=True)
 
     native_rule: ClassVar[str] = ""
-    """Name of the C++ row rule in `csrc/kernels/optimizers.h`."""
+    """Name of the C++ row rule in `csrc/kernels/optimizers.h`, "" where there is none; inherited with `update_rows` alone."""
     Slots: ClassVar[Callable[..., Sequence[jax.Array]]]
     """NamedTuple of the slot variables."""
-    elementwise: ClassVar[bool] = True
-    """Whether the rule treats each element of a row by itself. If not, tables of different widths are not stacked, since a
-    rule must not see columns that only stacking has added."""
+
+    rule_columns: ClassVar[int] = 8
+    """Columns of a row that the rule can be traced with, to look at it."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "update_rows" in vars(cls) and "native_rule" not in vars(cls):
+            cls.native_rule = ""  # A row rule of its own is not the one that its base has in C++.
 
     def __post_init__(self) -> None:
         if callable(self.learning_rate):
@@ -105,7 +111,15 @@ class OptimizerSpec:
             )
         for field in ("clip_gradient_value", "clip_gradient_norm"):
             if getattr(self, field) is not None:
-                self._check_number(field, lambda limit: np.float32(limit) > 0, "above 0, or None")
+                self._check_number(field, lambda limit: float(np.float32(limit)) > 0, "above 0, or None")
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the rule treats each element of a row by itself; of a rule in Python alone, its trace shows it.
+
+        If not, tables of different widths are not stacked, since a rule must not see columns that only stacking has added.
+        """
+        return not any(self.row_wise_slots()) and (bool(self.native_rule) or is_elementwise(self))
 
     @property
     def decays_weights(self) -> bool:
@@ -204,7 +218,7 @@ class OptimizerSpec:
 
     def short_name(self) -> str:
         """A short lower case name."""
-        return self.native_rule
+        return self.native_rule or type(self).__name__.lower()
 
     def update_rows(
         self, gradient: Rows, table: Rows, slots: RowSlots, hyperparameters: Scalars

@@ -37,7 +37,6 @@ class RowWiseAdagradOptimizerSpec(OptimizerSpec):
 
     native_rule: ClassVar[str] = "row_wise_adagrad"
     Slots: ClassVar = RowWiseAdagradSlotVariables
-    elementwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,6 @@ class RowWiseAdamOptimizerSpec(AdamOptimizerSpec):
     """
 
     native_rule: ClassVar[str] = "row_wise_adam"
-    elementwise: ClassVar[bool] = False
 
     def row_wise_slots(self) -> tuple[bool, ...]:  # noqa: D102
         return (False, True)
