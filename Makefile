@@ -19,12 +19,15 @@ REFERENCE_VERSION := 0.2.0
 # The compiler for NVIDIA GPUs, which needs none to compile, in an environment of its own: it takes one version of JAX.
 GPU := build/venv-gpu
 GPU_VERSIONS := .ci/gpu.txt
+# The compiler for TPUs likewise, and JAX of the same release.
+TPU := build/venv-tpu
+TPU_VERSIONS := .ci/tpu.txt
 # Directories too: their time changes when a file is added or removed.
 SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
   $(shell find src csrc -name __pycache__ -prune -o -path csrc/tests -prune -o -print)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-versions test-native test-reference reference test-gpu fuzz bench bench-packing prove-in-place lint format clean
+.PHONY: help demo test test-versions test-native test-reference reference test-gpu test-tpu fuzz bench bench-packing prove-in-place lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
@@ -45,6 +48,10 @@ test-reference: reference ## Compare stacking and packing with the released refe
 test-gpu: ## Compile training steps for an NVIDIA H100, on any machine, and check what they hold
 	$(MAKE) $(GPU)/.gpu VENV=$(GPU) CONSTRAINTS=$(GPU_VERSIONS)
 	$(GPU)/bin/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+test-tpu: ## Compile training steps for TPUs v5p and v6e, on any machine, and check their memory
+	$(MAKE) $(TPU)/.tpu VENV=$(TPU) CONSTRAINTS=$(TPU_VERSIONS)
+	$(TPU)/bin/python -m pytest tests/tpu $(PYTEST_ARGS)
 
 test-native: $(TOOLS)/.tools ## Run the C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(call native_tests,asan,address$(,)undefined)
@@ -96,6 +103,10 @@ $(VENV)/.reference: Makefile | $(VENV)/.embax $(VENV)/.test
 
 $(VENV)/.gpu: $(GPU_VERSIONS) | $(VENV)/.embax $(VENV)/.test
 	$(BIN)/python $(PIP) install --quiet --no-deps --requirement $(GPU_VERSIONS)
+	@touch $@
+
+$(VENV)/.tpu: $(TPU_VERSIONS) | $(VENV)/.embax $(VENV)/.test
+	$(BIN)/python $(PIP) install --quiet --requirement $(TPU_VERSIONS)
 	@touch $@
 
 $(VENV)/.created:

@@ -1,6 +1,7 @@
 """Large embedding tables for JAX, updated in place."""
 
 from embax import fdo as fdo
+from embax._format import table_format as table_format
 from embax._matmul import apply_gradients as apply_gradients
 from embax._matmul import lookup as lookup
 from embax._matmul import read_rows as read_rows

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from embax._checks import is_finite_number
-from embax._ops.geometry import make_geometry
+from embax._ops.geometry import inside_shard_map, make_geometry
 from embax._ops.lookup import lookup_stacks
 from embax._ops.row_update import NO_LIMITS, RowLimits
 from embax._ops.unstack import stack_gradients, unstack_activations
@@ -87,6 +87,8 @@ def check_variables(variables: Mapping[str, Any], plan: Plan) -> None:
         raise ValueError(f"The variables are of the stacks {sorted(given)}, the specs have {sorted(expected)}.")
     for stack in plan.stacks:
         arrays, shapes = jax.tree.leaves(variables[stack.name]), stack.state_shapes
+        if inside_shard_map():
+            shapes = tuple((rows // plan.num_devices, *columns) for rows, *columns in shapes)
         if len(arrays) != len(shapes):
             raise ValueError(
                 f"Stack {stack.name!r} has {len(arrays)} arrays; {type(stack.optimizer).__name__} needs {len(shapes)}, "

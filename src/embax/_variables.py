@@ -3,14 +3,19 @@
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+from jax.experimental.layout import Format
 
+from embax._format import table_format
 from embax._ops import native
 from embax._stacking.layout import physical_rows
 from embax._stacking.plan import Plan, RowPlacement, StackPlan, TablePlan, make_plan, table_specs
+from embax.optimizers import OptimizerSpec
 from embax.optimizers._base import Initializer
 
 CHUNK_ELEMENTS = 1 << 20
@@ -114,6 +119,27 @@ def _place(stacked: jax.Array, values: jax.Array, placement: RowPlacement, *, nu
     return stacked.at[rows, : values.shape[1]].set(values, unique_indices=True)
 
 
+@functools.lru_cache(maxsize=256)
+def _in_format(function: Callable[..., jax.Array], format: Format, static: tuple[tuple[str, Any], ...]):
+    """A jitted function of the above that returns its array in a format. The array that it changes is donated."""
+    donated = () if function is _fill else (0,)
+    return jax.jit(functools.partial(function, **dict(static)), out_shardings=format, donate_argnums=donated)
+
+
+def _make(function: Callable[..., jax.Array], format: Format | None, *arrays: Any, **static: Any) -> jax.Array:
+    if format is None:
+        return function(*arrays, **static)
+    return _in_format(function, format, tuple(static.items()))(*arrays)
+
+
+def _format_of(key: jax.Array, optimizer: OptimizerSpec) -> Format | None:
+    """The format that tables of an optimizer have where `key` lies, None for that of any array."""
+    if isinstance(key, jax.core.Tracer):
+        return None
+    format = table_format(jax.sharding.SingleDeviceSharding(min(key.devices(), key=lambda one: one.id)), optimizer)
+    return format if isinstance(format, Format) else None
+
+
 def _chunk_rows(table: TablePlan, dim: int) -> int:
     """Rows of a chunk, a power of two: about `CHUNK_ELEMENTS` elements, and not many more than the table has."""
     by_memory = max(CHUNK_ELEMENTS // dim, 1)
@@ -133,9 +159,11 @@ def _initialize(
     One value a row is made as a matrix of one column, which every initializer can draw.
     """
     num_rows, dim = (*shape, 1)[:2]
+    format = _format_of(key, stack.optimizer)
     first = initializers[stack.tables[0].name]
     filled = _same_for_every_row(first)
-    stacked = _fill(first(key, (1, dim), jnp.float32)[0] if filled else jnp.zeros(dim, jnp.float32), num_rows)
+    row = first(key, (1, dim), jnp.float32)[0] if filled else jnp.zeros(dim, jnp.float32)
+    stacked = _make(_fill, format, row, num_rows=num_rows)
     for table in stack.tables:
         initializer = initializers[table.name]
         if filled and initializer is first:
@@ -143,7 +171,9 @@ def _initialize(
         table_key = jax.random.fold_in(key, zlib.crc32(table.name.encode()))
         columns = table.embedding_dim if len(shape) == 2 else 1
         if _independent_of_shape(initializer):
-            stacked = _draw_by_chunks(
+            stacked = _make(
+                _draw_by_chunks,
+                format,
                 stacked,
                 table_key,
                 table.rows,
@@ -160,7 +190,7 @@ def _initialize(
                     f"Table {table.name!r}: an initializer returned {values.dtype}{list(values.shape)}; it must return "
                     f"float32{list(wanted)}."
                 )
-            stacked = _place(stacked, values, table.rows, num_sparsecores=plan.num_sparsecores)
+            stacked = _make(_place, format, stacked, values, table.rows, num_sparsecores=plan.num_sparsecores)
     return stacked if len(shape) == 2 else _one_value_a_row(stacked)
 
 
@@ -170,7 +200,7 @@ def init_embedding_variables(rng: jax.Array, specs: Any) -> dict[str, EmbeddingV
     The values of a table depend on the key and the table's name and sizes alone, not on the number of devices or
     SparseCores or on what it is stacked with. Initializers of `jax.nn.initializers` that draw each element independently
     (uniform, normal, truncated_normal) and constants need no more than some 10 MB
-    beside the result.
+    beside the result; on a TPU also a copy of one array in the default format, whose rows have a multiple of 128 columns.
 
     Args:
         rng: a PRNG key.
@@ -178,7 +208,8 @@ def init_embedding_variables(rng: jax.Array, specs: Any) -> dict[str, EmbeddingV
 
     Returns:
         For each stack its `EmbeddingVariables`: float32[stack_vocab_size, stack_embedding_dim] arrays, and
-        float32[stack_vocab_size] of slots of one value a row, whose initializer is called for a matrix of one column.
+        float32[stack_vocab_size] of slots of one value a row, whose initializer is called for a matrix of one column. They
+        lie on the device of `rng`, on TPUs in the format of `embax.table_format`.
 
     Raises:
         ValueError: the specs have not been placed, or an initializer returned another shape or dtype.

@@ -9,7 +9,10 @@ import jax
 
 from embax._types import Device
 
-BACKENDS = ("native", "portable")
+BACKENDS = ("native", "portable", "sparsecore")
+
+_OF_PLATFORM = {"cpu": "native", "tpu": "sparsecore"}
+"""The lowering that a platform has beside the portable one."""
 
 # The choice is part of jit's cache key, so a jitted function is compiled anew under another choice.
 _choice = jax.make_user_context(default_value=None)
@@ -26,8 +29,8 @@ def use_backend(backend: str) -> Iterator[None]:
     """Chooses the lowering of lookups and updates that are traced inside the `with` block.
 
     Args:
-        backend: "native", C++ kernels on CPU (elsewhere there are none and the portable lowering is taken), or
-            "portable", plain JAX operations on any platform.
+        backend: "native", C++ kernels on CPU; "sparsecore", the SparseCores of a TPU; or "portable", plain JAX operations on
+            any platform, which is also taken where the platform does not have the other two.
 
     Raises:
         ValueError: the backend is unknown.
@@ -40,27 +43,35 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
 
 
-def chosen_backend() -> str:
-    """The backend of the innermost `use_backend`, else of the environment variable `EMBAX_BACKEND`, else "native"."""
-    return _choice.value or _checked(
-        os.environ.get("EMBAX_BACKEND") or "native", "The environment variable EMBAX_BACKEND"
-    )
+def chosen_backend() -> str | None:
+    """The backend of the innermost `use_backend`, else of the environment variable `EMBAX_BACKEND`, else None."""
+    if _choice.value:
+        return _choice.value
+    named = os.environ.get("EMBAX_BACKEND")
+    return _checked(named, "The environment variable EMBAX_BACKEND") if named else None
+
+
+def backend_on(platform: str, choice: str | None) -> str:
+    """The lowering that a choice means on a platform; None chooses the platform's own."""
+    own = _OF_PLATFORM.get(platform, "portable")
+    return own if choice in (None, own) else "portable"
 
 
 def default_backend(device: Device | None = None) -> str:
-    """The backend that lookups and updates on a device get: "native" or "portable".
+    """The backend that lookups and updates on a device get: "native", "sparsecore" or "portable".
 
     Args:
         device: None means the first device.
 
     Returns:
-        What `use_backend` or `EMBAX_BACKEND` chose, where the device has it; else "native" on CPU, and "portable" elsewhere.
+        Where nothing was chosen "native" on CPU, "sparsecore" on TPU, and "portable" elsewhere; else what `use_backend` or
+        `EMBAX_BACKEND` chose, or "portable" where the device does not have that.
 
     Raises:
         ValueError: `EMBAX_BACKEND` is unknown.
     """
     one = jax.devices()[0] if device is None else device
-    return chosen_backend() if one.platform == "cpu" else "portable"
+    return backend_on(one.platform, chosen_backend())
 
 
 class SlowPathWarning(UserWarning):

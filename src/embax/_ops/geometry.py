@@ -16,13 +16,15 @@ from embax._preprocess.buffers import (
     row_pointers_per_segment,
 )
 from embax._stacking.plan import Plan
+from embax.optimizers import OptimizerSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class StackGeometry:
     """Where a stack lies in the packed arrays (see `StackLayout`), and how its rows are quantized.
 
-    `width` is the columns that its tables have, where all have the same; else those of the stack.
+    `width` is the columns that its tables have, where all have the same; else those of the stack. The optimizer decides
+    whether a TPU's SparseCores hold the table (see `sparsecore.why_not`); None says that they do.
     """
 
     name: str
@@ -32,18 +34,28 @@ class StackGeometry:
     samples_per_sparsecore: int
     quantization: tuple[float, float, int] | None
     width: int
+    max_ids_per_partition: int
+    max_unique_ids_per_partition: int
+    optimizer: OptimizerSpec | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The stacks of a packed batch on one device, whose `num_sparsecores` SparseCores hold all rows.
+    """The stacks of a packed batch on one device.
 
+    `num_sparsecores` SparseCores of `num_devices` devices hold the rows. With several devices all shapes are those of one.
     `max_minibatches` is 0 where SparseCores have equal shares of a buffer (see `PackedLayout`).
     """
 
     stacks: tuple[StackGeometry, ...]
     num_sparsecores: int
     max_minibatches: int
+    num_devices: int = 1
+
+    @property
+    def sparsecores_per_device(self) -> int:
+        """SparseCores of the device."""
+        return self.num_sparsecores // self.num_devices
 
     @property
     def row_pointers_per_segment(self) -> int:
@@ -53,11 +65,19 @@ class Geometry:
     @property
     def max_segments(self) -> int:
         """Minibatches of all SparseCores that a stack has row pointers for."""
-        return self.num_sparsecores * max(self.max_minibatches, 1)
+        return self.sparsecores_per_device * max(self.max_minibatches, 1)
 
     def num_samples(self, stack: StackGeometry) -> int:
         """Samples of a stack on the device."""
-        return self.num_sparsecores * stack.samples_per_sparsecore
+        return self.sparsecores_per_device * stack.samples_per_sparsecore
+
+    def check_one_device(self) -> None:
+        """Raises a ValueError unless one device holds all rows, as lowerings need that exchange nothing between devices."""
+        if self.num_devices != 1:
+            raise ValueError(
+                f"The specs were placed for {self.num_devices} devices; only SparseCores of TPUs look rows up and update them "
+                "across devices. Place the specs with global_device_count=1."
+            )
 
     def offsets(self) -> np.ndarray:
         """int64[4 * stacks]: what the C++ `PackedBatch::Stack` holds."""
@@ -65,10 +85,16 @@ class Geometry:
         return np.array(list(fields), np.int64).reshape(-1)
 
 
+def inside_shard_map() -> bool:
+    """Whether what is traced is one device's part of a computation, so that shapes are those of one device."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def _check_arrays(packed: PreprocessedInput) -> None:
     """Raises a ValueError unless the arrays of a packed batch have the shapes and dtypes that its layout says."""
     layout = packed.layout
-    devices, entries = layout.num_local_devices, layout.entries_per_device
+    devices = 1 if inside_shard_map() else layout.num_local_devices
+    entries = layout.entries_per_device
     for name, size, dtype in (
         ("row_pointers", layout.row_pointers_per_device, jnp.int32),
         ("embedding_ids", entries, jnp.int32),
@@ -148,10 +174,10 @@ def make_geometry(plan: Plan, packed: PreprocessedInput) -> Geometry:
     layout = packed.layout
     _check_layout(layout, plan)
     _check_arrays(packed)
-    if plan.num_devices != 1:
+    if plan.num_devices != 1 and not inside_shard_map():
         raise ValueError(
             f"The specs were placed for {plan.num_devices} devices; lookups and updates run on one device. Place them "
-            "with global_device_count=1."
+            "with global_device_count=1, or on TPUs call from inside jax.shard_map."
         )
     return Geometry(
         stacks=tuple(
@@ -163,9 +189,13 @@ def make_geometry(plan: Plan, packed: PreprocessedInput) -> Geometry:
                 samples_per_sparsecore=stack.samples_per_sparsecore(layout.num_sparsecores_per_device),
                 quantization=config.as_tuple() if (config := planned.spec.quantization_config) else None,
                 width=planned.width,
+                max_ids_per_partition=stack.max_ids_per_partition,
+                max_unique_ids_per_partition=stack.max_unique_ids_per_partition,
+                optimizer=planned.optimizer,
             )
             for planned, stack in zip(plan.stacks, layout.stacks, strict=True)
         ),
         num_sparsecores=plan.num_sparsecores,
         max_minibatches=MAX_MINIBATCHES if layout.minibatched else 0,
+        num_devices=plan.num_devices,
     )

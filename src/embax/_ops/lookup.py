@@ -1,16 +1,16 @@
 """The lookup primitive: packed ids and tables to the activations of every stack."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from embax._ops import native
-from embax._ops.backend import chosen_backend
+from embax._ops import native, sparsecore
+from embax._ops.backend import backend_on, chosen_backend
 from embax._ops.geometry import Geometry, StackGeometry, packed_operands
 from embax._ops.refusals import refuse_transformations
 from embax._ops.segments import count_up_to, entries_of, physical_rows, sum_runs
@@ -64,18 +64,36 @@ def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGe
     return jnp.where(present[:, None], sums[last], 0.0)
 
 
-def _portable(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
-    del backend
-    arrays, activations = (row_pointers, ids, samples, gains, num_minibatches), []
+def _portable(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
+    geometry.check_one_device()
+    activations = []
     for table, stack in zip(tables, geometry.stacks, strict=True):
         found = _portable_stack(arrays, table[:, None] if table.ndim == 1 else table, geometry, stack)
         activations.append(found.reshape(-1) if table.ndim == 1 else found)
     return activations
 
 
-def _native(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
-    del backend
-    return native.lookup((row_pointers, ids, samples, gains, num_minibatches), tables, geometry)
+def _native(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> Sequence[jax.Array]:
+    geometry.check_one_device()
+    return native.lookup(arrays, tables, geometry)
+
+
+def _sparsecore(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
+    activations: list[jax.Array] = []
+    for table, stack in zip(tables, geometry.stacks, strict=True):
+        look_up = sparsecore.lookup if sparsecore.holds(stack, table, geometry) else _portable
+        activations += look_up(arrays, [table], dataclasses.replace(geometry, stacks=(stack,)))
+    return activations
+
+
+def _lowering(lookup):
+    """`lookup(arrays, tables, geometry)` as a lowering."""
+
+    def wrapped(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str | None):
+        del backend
+        return lookup((row_pointers, ids, samples, gains, num_minibatches), tables, geometry)
+
+    return mlir.lower_fun(wrapped, multiple_results=True)
 
 
 @functools.cache
@@ -89,10 +107,10 @@ def _run(*operands, **params):
 
 
 @lookup_p.def_abstract_eval
-def _shapes(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str):
+def _shapes(row_pointers, ids, samples, gains, num_minibatches, *tables, geometry: Geometry, backend: str | None):
     del row_pointers, ids, samples, gains, num_minibatches, backend
     return [
-        jax.core.ShapedArray((geometry.num_samples(stack), *table.shape[1:]), table.dtype)
+        table.update(shape=(geometry.num_samples(stack), *table.shape[1:]))
         for table, stack in zip(tables, geometry.stacks, strict=True)
     ]
 
@@ -103,14 +121,21 @@ refuse_transformations(
     batching="Make one larger batch instead, or several features.",
 )
 
-_lower_portable = mlir.lower_fun(_portable, multiple_results=True)
-_lower_native = mlir.lower_fun(_native, multiple_results=True)
+_lower_portable = _lowering(_portable)
+_lower_native = _lowering(_native)
+_lower_sparsecore = _lowering(_sparsecore)
 
 
-def _lower_cpu(context, *operands, backend: str, **params):
-    lower = _lower_native if backend == "native" else _lower_portable
+def _lower_cpu(context, *operands, backend: str | None, **params):
+    lower = _lower_native if backend_on("cpu", backend) == "native" else _lower_portable
+    return lower(context, *operands, backend=backend, **params)
+
+
+def _lower_tpu(context, *operands, backend: str | None, **params):
+    lower = _lower_sparsecore if backend_on("tpu", backend) == "sparsecore" else _lower_portable
     return lower(context, *operands, backend=backend, **params)
 
 
 mlir.register_lowering(lookup_p, _lower_portable)
 mlir.register_lowering(lookup_p, _lower_cpu, platform="cpu")
+mlir.register_lowering(lookup_p, _lower_tpu, platform="tpu")

@@ -5,14 +5,13 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from embax._checks import INT32_MAX
-from embax._ops import native
-from embax._ops.backend import chosen_backend, warn_slow_path
+from embax._ops import native, sparsecore
+from embax._ops.backend import backend_on, chosen_backend, warn_slow_path
 from embax._ops.geometry import Geometry, StackGeometry, packed_operands
 from embax._ops.refusals import refuse_transformations
 from embax._ops.row_update import NO_LIMITS, RowLimits, hyperparameters_of, new_rows
@@ -102,14 +101,17 @@ def _columns(array: jax.Array) -> jax.Array:
 def _portable_stack(
     arrays,
     gradient: jax.Array,
-    state: tuple[jax.Array, ...],
-    hyperparameters: tuple[jax.Array, ...],
+    state: Sequence[jax.Array],
+    hyperparameters: Sequence[jax.Array],
     after: jax.Array | None,
     geometry: Geometry,
     stack: StackGeometry,
     optimizer: OptimizerSpec,
     limits: RowLimits,
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
+    geometry.check_one_device()
+    shapes = [array.shape for array in state]
+    gradient, state = _columns(gradient), tuple(map(_columns, state))
     num_rows = state[0].shape[0]
     if num_rows + stack.capacity > INT32_MAX:
         raise ValueError(
@@ -117,7 +119,7 @@ def _portable_stack(
             f"{INT32_MAX}, which the portable backend needs; split the table."
         )
     if stack.capacity == 0 or geometry.num_samples(stack) == 0:
-        return list(state)
+        return [array.reshape(shape) for array, shape in zip(state, shapes, strict=True)]
     partition, ids, sample, gain = entries_of(*arrays, geometry=geometry, stack=stack)
     if after is not None:
         ids = ids + _opaque_zero(after)
@@ -138,11 +140,29 @@ def _portable_stack(
         array.at[touched, :width].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
         for array in state
     ]
-    new, slots = new_rows(optimizer, limits, sums[compact, :width], old[0], tuple(old[1:]), hyperparameters)
+    new, slots = new_rows(optimizer, limits, sums[compact, :width], old[0], tuple(old[1:]), tuple(hyperparameters))
     return [
-        array.at[touched, :width].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)
-        for array, rows in zip(state, (new, *slots), strict=True)
+        array.at[touched, :width].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True).reshape(shape)
+        for array, rows, shape in zip(state, (new, *slots), shapes, strict=True)
     ]
+
+
+def _sparsecore_stack(
+    arrays,
+    gradient: jax.Array,
+    state: Sequence[jax.Array],
+    hyperparameters: Sequence[jax.Array],
+    after: jax.Array | None,
+    geometry: Geometry,
+    stack: StackGeometry,
+    optimizer: OptimizerSpec,
+    limits: RowLimits,
+) -> Sequence[jax.Array]:
+    if sparsecore.holds(dataclasses.replace(stack, optimizer=optimizer), state[0], geometry):
+        order = None if after is None else _opaque_zero(after)
+        options = (geometry, stack, optimizer, limits)
+        return sparsecore.update(arrays, gradient, state, hyperparameters, order, *options)
+    return _portable_stack(arrays, gradient, state, hyperparameters, after, geometry, stack, optimizer, limits)
 
 
 def _split(
@@ -154,7 +174,8 @@ def _split(
     return gradients, _grouped(states, sizes), after
 
 
-def _portable(
+def _by_stack(
+    update_stack,
     row_pointers,
     ids,
     samples,
@@ -166,7 +187,7 @@ def _portable(
     optimizers: tuple[OptimizerSpec, ...],
     num_hyperparameters: tuple[int, ...],
     limits: tuple[RowLimits, ...],
-    backend: str,
+    backend: str | None,
 ):
     del backend
     arrays = (row_pointers, ids, samples, gains, num_minibatches)
@@ -174,10 +195,10 @@ def _portable(
     scalars = _grouped(list(hyperparameters), num_hyperparameters)
     results = []
     for k, stack in enumerate(geometry.stacks):
-        new = _portable_stack(
+        results += update_stack(
             arrays,
-            _columns(gradients[k]),
-            tuple(map(_columns, states[k])),
+            gradients[k],
+            states[k],
             scalars[k],
             after[k] if after and after[k].size else None,
             geometry,
@@ -185,7 +206,6 @@ def _portable(
             optimizers[k],
             limits[k],
         )
-        results += [array.reshape(old.shape) for array, old in zip(new, states[k], strict=True)]
     return results
 
 
@@ -204,7 +224,7 @@ def _shapes(*operands, optimizers: tuple[OptimizerSpec, ...], **params):
     del params
     first = 6 + len(optimizers)
     num_states = sum(1 + optimizer.slot_variables_count() for optimizer in optimizers)
-    return [jax.core.ShapedArray(state.shape, state.dtype) for state in operands[first : first + num_states]]
+    return [state.update() for state in operands[first : first + num_states]]
 
 
 refuse_transformations(
@@ -213,23 +233,38 @@ refuse_transformations(
     batching="Make one larger batch instead.",
 )
 
-_lower_portable = mlir.lower_fun(_portable, multiple_results=True)
+_lower_portable = mlir.lower_fun(functools.partial(_by_stack, _portable_stack), multiple_results=True)
+_lower_sparsecore = mlir.lower_fun(functools.partial(_by_stack, _sparsecore_stack), multiple_results=True)
 
 
-def _native(row_pointers, ids, samples, gains, num_minibatches, hyperparameters, *operands, backend: str, **params):
+def _native(
+    row_pointers,
+    ids,
+    samples,
+    gains,
+    num_minibatches,
+    hyperparameters,
+    *operands,
+    geometry: Geometry,
+    backend: str | None,
+    **params,
+):
     del backend
-    return native.update((row_pointers, ids, samples, gains, num_minibatches), hyperparameters, operands, **params)
+    geometry.check_one_device()
+    arrays = (row_pointers, ids, samples, gains, num_minibatches)
+    return native.update(arrays, hyperparameters, operands, geometry=geometry, **params)
 
 
 _lower_native = mlir.lower_fun(_native, multiple_results=True)
 
 
-def _lower_cpu(context, *operands, optimizers: tuple[OptimizerSpec, ...], backend: str, **params):
+def _lower_cpu(context, *operands, optimizers: tuple[OptimizerSpec, ...], backend: str | None, **params):
+    native_wanted = backend_on("cpu", backend) == "native"
     without_rule = sorted({type(optimizer).__name__ for optimizer in optimizers if not native.has_rule(optimizer)})
     lower = _lower_portable
-    if backend == "native" and not without_rule:
+    if native_wanted and not without_rule:
         lower = _lower_native
-    elif backend == "native":
+    elif native_wanted:
         warn_slow_path(
             f"{', '.join(without_rule)} has no native row rule: its updates run in plain JAX operations, which are slower on "
             'CPU. embax.use_backend("portable") chooses that without this warning.'
@@ -237,5 +272,11 @@ def _lower_cpu(context, *operands, optimizers: tuple[OptimizerSpec, ...], backen
     return lower(context, *operands, optimizers=optimizers, backend=backend, **params)
 
 
+def _lower_tpu(context, *operands, backend: str | None, **params):
+    lower = _lower_sparsecore if backend_on("tpu", backend) == "sparsecore" else _lower_portable
+    return lower(context, *operands, backend=backend, **params)
+
+
 mlir.register_lowering(update_p, _lower_portable)
 mlir.register_lowering(update_p, _lower_cpu, platform="cpu")
+mlir.register_lowering(update_p, _lower_tpu, platform="tpu")
