@@ -258,7 +258,7 @@ def test_drawing_needs_memory_for_a_chunk_only():
 
     for vocabulary, dim in ((10, 1000), (2_000_000, 8)):
         table = TablePlan("t", dim, RowPlacement(vocabulary, 0, 0))
-        rows = _variables._chunk_rows(table)
+        rows = _variables._chunk_rows(table, table.embedding_dim)
         assert rows * dim <= _variables.CHUNK_ELEMENTS
         assert rows < 2 * vocabulary
         compiled = _variables._draw_by_chunks.lower(

@@ -160,7 +160,6 @@ def update_features(
         [tuple(jax.tree.leaves(variables[stack.name])) for stack in plan.stacks],
         after,
         geometry,
-        [stack.optimizer for stack in plan.stacks],
         step,
         limits,
     )

@@ -23,8 +23,8 @@ from embax.optimizers import OptimizerSpec
 class StackGeometry:
     """Where a stack lies in the packed arrays (see `StackLayout`), and how its rows are quantized.
 
-    `width` is the columns that its tables have, where all have the same; else those of the stack. The optimizer decides
-    whether a TPU's SparseCores hold the table (see `sparsecore.why_not`); None says that they do.
+    `width` is the columns that its tables have, where all have the same; else those of the stack. The optimizer also decides
+    whether a TPU's SparseCores hold the table (see `sparsecore.holds`); without one they do, and there are no updates.
     """
 
     name: str
@@ -37,6 +37,13 @@ class StackGeometry:
     max_ids_per_partition: int
     max_unique_ids_per_partition: int
     optimizer: OptimizerSpec | None = None
+
+
+def optimizer_of(stack: StackGeometry) -> OptimizerSpec:
+    """The optimizer of a stack that is updated."""
+    if stack.optimizer is None:
+        raise ValueError(f"Stack {stack.name!r} has no optimizer, and cannot be updated.")
+    return stack.optimizer
 
 
 @dataclasses.dataclass(frozen=True)

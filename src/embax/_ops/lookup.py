@@ -50,27 +50,25 @@ def _quantize(rows: jax.Array, quantization: tuple[float, float, int] | None) ->
 def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGeometry) -> jax.Array:
     num_samples = geometry.num_samples(stack)
     if stack.capacity == 0 or num_samples == 0:
-        return jnp.zeros((num_samples, table.shape[1]), table.dtype)
+        return jnp.zeros((num_samples, *table.shape[1:]), table.dtype)
     partition, ids, sample, gain = entries_of(*arrays, geometry=geometry, stack=stack)
     order = jnp.argsort(sample, stable=True)
     sample = sample[order]
     rows = physical_rows(partition[order], ids[order], sample < num_samples, geometry.num_sparsecores, table.shape[0])
-    values = _quantize(table.at[rows].get(mode="fill", fill_value=0), stack.quantization)
+    values = _quantize(table.at[rows].get(mode="fill", fill_value=0), stack.quantization).reshape(len(rows), -1)
     values = jnp.where((rows < table.shape[0])[:, None], gain[order][:, None] * values, 0.0)
     _, sums = sum_runs(sample, values)
     wanted = jnp.arange(num_samples, dtype=sample.dtype)
     last = count_up_to(sample, wanted) - 1
     present = (last >= 0) & (sample[last] == wanted)
-    return jnp.where(present[:, None], sums[last], 0.0)
+    return jnp.where(present[:, None], sums[last], 0.0).reshape(num_samples, *table.shape[1:])
 
 
 def _portable(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
     geometry.check_one_device()
-    activations = []
-    for table, stack in zip(tables, geometry.stacks, strict=True):
-        found = _portable_stack(arrays, table[:, None] if table.ndim == 1 else table, geometry, stack)
-        activations.append(found.reshape(-1) if table.ndim == 1 else found)
-    return activations
+    return [
+        _portable_stack(arrays, table, geometry, stack) for table, stack in zip(tables, geometry.stacks, strict=True)
+    ]
 
 
 def _native(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: Geometry) -> Sequence[jax.Array]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from embax import _native
-from embax._ops.geometry import Geometry
+from embax._ops.geometry import Geometry, optimizer_of
 from embax._ops.row_update import RowLimits
 from embax.optimizers import OptimizerSpec
 
@@ -85,7 +85,8 @@ def lookup(packed: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: G
 def _row_options(geometry: Geometry, optimizers: Sequence[OptimizerSpec], limits: Sequence[RowLimits]) -> np.ndarray:
     """float32[6 * stacks]: see `RowOptions` in `csrc/kernels/rows.h`; infinite where there is no limit."""
     options = []
-    for stack, optimizer, (low, high) in zip(geometry.stacks, optimizers, limits, strict=True):
+    for stack, (low, high) in zip(geometry.stacks, limits, strict=True):
+        optimizer = optimizer_of(stack)
         clips = (optimizer.clip_gradient_value, optimizer.clip_gradient_norm)
         options += [
             *(np.inf if clip is None else clip for clip in clips),
@@ -103,7 +104,6 @@ def update(
     operands: Sequence[jax.Array],
     *,
     geometry: Geometry,
-    optimizers: Sequence[OptimizerSpec],
     num_hyperparameters: Sequence[int],
     limits: Sequence[RowLimits],
 ) -> Sequence[jax.Array]:
@@ -114,7 +114,6 @@ def update(
         hyperparameters: those of all stacks.
         operands: gradients, tables and slots, and what orders the update. None is reshaped, which would copy it.
         geometry: static.
-        optimizers: of each stack.
         num_hyperparameters: of each stack: those of its rule, and one more where rows decay apart from it.
         limits: of each stack.
 
@@ -122,6 +121,7 @@ def update(
         Table and slots of each stack.
     """
     register()
+    optimizers = [optimizer_of(stack) for stack in geometry.stacks]
     num_states = sum(1 + optimizer.slot_variables_count() for optimizer in optimizers)
     states = operands[len(optimizers) :][:num_states]
     first_state = len(packed) + 1 + len(optimizers)
@@ -136,5 +136,5 @@ def update(
         **_packed_attributes(geometry),
         rules=np.array([ROW_RULES[optimizer.native_rule][0] for optimizer in optimizers], np.int64),
         num_hyperparameters=np.array(num_hyperparameters, np.int64),
-        options=_row_options(geometry, optimizers, limits),
+        options=_row_options(geometry, limits),
     )

@@ -1,11 +1,12 @@
 """What happens to a touched row around its optimizer's rule, and the rule: every lowering in JAX operations traces this."""
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from embax._ops.geometry import StackGeometry, optimizer_of
 from embax._types import Rows, RowSlots, Scalars
 from embax.optimizers import OptimizerSpec
 from embax.optimizers._clipping import apply_clipping
@@ -14,6 +15,31 @@ RowLimits: TypeAlias = tuple[float | None, float | None]
 """The smallest and the largest value that an element of a new row may have, None where there is no limit."""
 
 NO_LIMITS: RowLimits = (None, None)
+
+
+class StackUpdate(NamedTuple):
+    """The update of one stack, as a lowering in JAX operations takes it.
+
+    Args:
+        stack: where its entries lie, and its optimizer.
+        gradient: float32[samples, dim], or float32[samples] of a table of rank 1.
+        state: table and slots, float32[rows, dim] or float32[rows].
+        hyperparameters: what `hyperparameters_of` returned.
+        order: an int32 0 that must be known before the update may begin, or None.
+        limits: what the new rows of the table are clipped to.
+    """
+
+    stack: StackGeometry
+    gradient: jax.Array
+    state: tuple[jax.Array, ...]
+    hyperparameters: tuple[jax.Array, ...]
+    order: jax.Array | None
+    limits: RowLimits
+
+    @property
+    def optimizer(self) -> OptimizerSpec:
+        """The optimizer of the stack."""
+        return optimizer_of(self.stack)
 
 
 def hyperparameters_of(optimizer: OptimizerSpec, step: int | jax.Array | None) -> tuple[jax.Array, ...]:

@@ -6,7 +6,7 @@ traced for, by a number of rows. That works for elementwise operations alone.
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,28 +20,19 @@ from jax.interpreters import mlir
 
 from embax._ops.backend import warn_slow_path
 from embax._ops.geometry import Geometry, StackGeometry
-from embax._ops.row_update import NO_LIMITS, RowLimits, hyperparameters_of, new_rows
+from embax._ops.row_update import NO_LIMITS, RowLimits, StackUpdate, hyperparameters_of, new_rows
 from embax._preprocess.buffers import PADDING_VALUE
 from embax.optimizers import OptimizerSpec
+from embax.optimizers._trace import equations, why_not_elementwise
 
 MOD_SHARDING = 1
 """The compiler's number for the layout in which row `id` lies on SparseCore `id % num_sparsecores`."""
 
-# fmt: off
-ELEMENTWISE = frozenset({
-    "abs", "add", "add_any", "and", "atan2", "bitcast_convert_type", "broadcast_in_dim", "cbrt", "ceil", "clamp",
-    "convert_element_type", "copy", "cos", "div", "eq", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow",
-    "iota", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow",
-    "reduce_precision", "rem", "rsqrt", "select_n", "shift_right_logical", "sign", "sin", "sqrt", "square", "sub",
-    "tan", "tanh", "xor",
-})
-# fmt: on
-"""Operations that the compiler accepts in a row rule, found by compiling each. Some others end the process."""
+UNSUPPORTED = frozenset({"erf", "is_finite", "round"})
+"""Elementwise operations that the compiler does not accept in a row rule, found by compiling each. `round` ends the process."""
 
 DTYPES = (np.float32, np.int32, np.bool_)
 """What a SparseCore computes with."""
-
-CALLS = frozenset({"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"})
 
 lookup_one_p = Primitive("embax_sparsecore_lookup")
 update_one_p = Primitive("embax_sparsecore_update")
@@ -81,44 +72,29 @@ def lookup(arrays: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: G
     return found
 
 
-def update(
-    arrays: Sequence[jax.Array],
-    gradient: jax.Array,
-    state: Sequence[jax.Array],
-    hyperparameters: Sequence[jax.Array],
-    order: jax.Array | None,
-    geometry: Geometry,
-    stack: StackGeometry,
-    optimizer: OptimizerSpec,
-    limits: RowLimits,
-) -> Sequence[jax.Array]:
-    """`update_p` of one stack that SparseCores hold.
+def update(arrays: Sequence[jax.Array], one: StackUpdate, geometry: Geometry) -> Sequence[jax.Array]:
+    """`update_p` of one stack that SparseCores hold; see `holds`.
 
     Args:
         arrays: those of the batch, as `packed_operands` returns them.
-        gradient: float32[samples, dim].
-        state: table and slots, float32[rows, dim].
-        hyperparameters: float32 scalars.
-        order: an int32 0 that must be known before the update may begin, or None.
+        one: the update.
         geometry: static.
-        stack: the stack in it.
-        optimizer: its row rule.
-        limits: what the new rows of the table are clipped to.
 
     Returns:
         The new table and slots.
     """
+    stack, optimizer, state = one.stack, one.optimizer, one.state
     if stack.capacity == 0 or geometry.num_samples(stack) == 0:
         return state
     parts = _arrays_of(arrays, geometry, stack)
-    if order is not None:
-        parts[0] = parts[0] + order
-    rule = row_rule(optimizer, limits, state[0].shape[1], len(state) - 1, len(hyperparameters))
+    if one.order is not None:
+        parts[0] = parts[0] + one.order
+    rule = row_rule(optimizer, one.limits, state[0].shape[1], len(state) - 1, len(one.hyperparameters))
     # The compiler refuses an update without hyperparameters; the rule has one that it does not read.
-    scalars = hyperparameters or [jnp.zeros((), jnp.float32)]
+    scalars = one.hyperparameters or [jnp.zeros((), jnp.float32)]
     return update_one_p.bind(
         *parts,
-        gradient,
+        one.gradient,
         *state,
         *scalars,
         minibatched=bool(geometry.max_minibatches),
@@ -144,29 +120,6 @@ def row_rule(
     return jax.make_jaxpr(rule)(*[row] * (2 + num_slots + max(num_hyperparameters, 1)))
 
 
-def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
-    """The equations of a jaxpr and of all that it calls, the calls themselves left out."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name not in CALLS:
-            yield equation
-        for called in _called(equation):
-            yield from _equations(called.jaxpr)
-
-
-def _constants(closed: ClosedJaxpr) -> Iterator[Any]:
-    """The values that a jaxpr and all that it calls hold, but for literals."""
-    yield from closed.consts
-    for equation in closed.jaxpr.eqns:
-        for called in _called(equation):
-            yield from _constants(called)
-
-
-def _called(equation: Any) -> list[ClosedJaxpr]:
-    if equation.primitive.name not in CALLS:
-        return []
-    return [value for value in equation.params.values() if isinstance(value, ClosedJaxpr)]
-
-
 @functools.lru_cache(maxsize=1024)
 def why_not(optimizer: OptimizerSpec, dim: int) -> str | None:
     """What keeps SparseCores from updating rows by an optimizer, or None. The compiler ends the process over some of it.
@@ -179,22 +132,17 @@ def why_not(optimizer: OptimizerSpec, dim: int) -> str | None:
         return "it has a slot of one value a row"
     if optimizer.clip_gradient_norm is not None:
         return "clip_gradient_norm takes the row as a whole"
-    if not optimizer.elementwise:
-        return "its rule takes the row as a whole"
     step = jax.ShapeDtypeStruct((), jnp.int32)
     num_hyperparameters = len(jax.eval_shape(functools.partial(hyperparameters_of, optimizer), step))
     closed = row_rule(optimizer, NO_LIMITS, dim, optimizer.slot_variables_count(), num_hyperparameters)
-    for equation in _equations(closed.jaxpr):
+    if reason := why_not_elementwise(closed, dim):
+        return reason
+    for equation in equations(closed.jaxpr):
         name = equation.primitive.name
-        avals = [value.aval for value in (*equation.invars, *equation.outvars)]
-        if name not in ELEMENTWISE:
+        if name in UNSUPPORTED:
             return f"its rule uses {name}"
-        if any(aval.dtype not in DTYPES for aval in avals):
+        if any(value.aval.dtype not in DTYPES for value in (*equation.invars, *equation.outvars)):
             return f"its rule uses {name} on other numbers than float32, int32 and bool"
-        if any(aval.shape not in ((), (1, dim)) for aval in avals):
-            return f"its rule uses {name} on another shape than that of a row"
-    if any(np.ndim(value) for value in _constants(closed)):
-        return "its rule holds an array"
     if any(isinstance(value, Literal) for value in closed.jaxpr.outvars) or not _depends_on_rows(closed.jaxpr):
         return "its rule makes a row that does not depend on the old one"
     return None

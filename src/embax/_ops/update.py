@@ -12,12 +12,11 @@ from jax.interpreters import mlir
 from embax._checks import INT32_MAX
 from embax._ops import native, sparsecore
 from embax._ops.backend import backend_on, chosen_backend, warn_slow_path
-from embax._ops.geometry import Geometry, StackGeometry, packed_operands
+from embax._ops.geometry import Geometry, optimizer_of, packed_operands
 from embax._ops.refusals import refuse_transformations
-from embax._ops.row_update import NO_LIMITS, RowLimits, hyperparameters_of, new_rows
+from embax._ops.row_update import NO_LIMITS, RowLimits, StackUpdate, hyperparameters_of, new_rows
 from embax._ops.segments import entries_of, physical_rows, sum_runs
 from embax._preprocess.buffers import PreprocessedInput
-from embax.optimizers import OptimizerSpec
 
 update_p = Primitive("embax_update")
 update_p.multiple_results = True
@@ -29,7 +28,6 @@ def update_stacks(
     states: Sequence[tuple[jax.Array, ...]],
     after: Sequence[jax.Array],
     geometry: Geometry,
-    optimizers: Sequence[OptimizerSpec],
     step: int | jax.Array | None = None,
     limits: Sequence[RowLimits] | None = None,
 ) -> list[tuple[jax.Array, ...]]:
@@ -42,29 +40,28 @@ def update_stacks(
             rank 1, float32[rows], is one of one column; its gradients are float32[samples].
         after: nothing, or an array of each stack that was computed from its lookup. It is not read, but makes the update
             wait for the lookup: XLA copies the table where it cannot see that order.
-        geometry: static.
-        optimizers: of each stack, static.
+        geometry: static; each stack has its optimizer.
         step: for schedules and for optimizers that need it.
         limits: of each stack, static: what the new rows of its table are clipped to.
 
     Returns:
         New table and slots of each stack.
     """
-    new: list[tuple[jax.Array, ...]] = [()] * len(optimizers)
+    new: list[tuple[jax.Array, ...]] = [()] * len(geometry.stacks)
     # What has no row rule in C++ is a call of its own, so that the others keep theirs.
     for native_rule in (True, False):
-        chosen = [k for k, optimizer in enumerate(optimizers) if native.has_rule(optimizer) == native_rule]
+        chosen = [k for k, stack in enumerate(geometry.stacks) if native.has_rule(optimizer_of(stack)) == native_rule]
         if not chosen:
             continue
-        hyperparameters = [hyperparameters_of(optimizers[k], step) for k in chosen]
+        stacks = tuple(geometry.stacks[k] for k in chosen)
+        hyperparameters = [hyperparameters_of(optimizer_of(stack), step) for stack in stacks]
         flat = update_p.bind(
             *packed_operands(packed),
             _one_array([scalar for scalars in hyperparameters for scalar in scalars]),
             *(gradients[k] for k in chosen),
             *(array for k in chosen for array in states[k]),
             *(after[k] for k in chosen if after),
-            geometry=dataclasses.replace(geometry, stacks=tuple(geometry.stacks[k] for k in chosen)),
-            optimizers=tuple(optimizers[k] for k in chosen),
+            geometry=dataclasses.replace(geometry, stacks=stacks),
             num_hyperparameters=tuple(map(len, hyperparameters)),
             limits=tuple(limits[k] if limits else NO_LIMITS for k in chosen),
             backend=chosen_backend(),
@@ -98,20 +95,9 @@ def _columns(array: jax.Array) -> jax.Array:
     return array[:, None] if array.ndim == 1 else array
 
 
-def _portable_stack(
-    arrays,
-    gradient: jax.Array,
-    state: Sequence[jax.Array],
-    hyperparameters: Sequence[jax.Array],
-    after: jax.Array | None,
-    geometry: Geometry,
-    stack: StackGeometry,
-    optimizer: OptimizerSpec,
-    limits: RowLimits,
-) -> Sequence[jax.Array]:
+def _portable_stack(arrays: Sequence[jax.Array], one: StackUpdate, geometry: Geometry) -> Sequence[jax.Array]:
     geometry.check_one_device()
-    shapes = [array.shape for array in state]
-    gradient, state = _columns(gradient), tuple(map(_columns, state))
+    stack, state = one.stack, one.state
     num_rows = state[0].shape[0]
     if num_rows + stack.capacity > INT32_MAX:
         raise ValueError(
@@ -119,14 +105,14 @@ def _portable_stack(
             f"{INT32_MAX}, which the portable backend needs; split the table."
         )
     if stack.capacity == 0 or geometry.num_samples(stack) == 0:
-        return [array.reshape(shape) for array, shape in zip(state, shapes, strict=True)]
+        return state
     partition, ids, sample, gain = entries_of(*arrays, geometry=geometry, stack=stack)
-    if after is not None:
-        ids = ids + _opaque_zero(after)
+    if one.order is not None:
+        ids = ids + one.order
     rows = physical_rows(partition, ids, sample < geometry.num_samples(stack), geometry.num_sparsecores, num_rows)
     order = jnp.argsort(rows, stable=True)
     rows = rows[order]
-    contributions = gain[order][:, None] * gradient.at[sample[order]].get(mode="fill", fill_value=0)
+    contributions = gain[order][:, None] * _columns(one.gradient).at[sample[order]].get(mode="fill", fill_value=0)
     is_last, sums = sum_runs(rows, contributions)
     # The touched rows, each once, to the front; behind them rows past the end of the table, which reading fills and
     # writing drops. All differ and are sorted, so that no write meets another.
@@ -134,44 +120,28 @@ def _portable_stack(
     touched = jnp.where(is_last & (rows < num_rows), rows, padding)
     compact = jnp.argsort(touched)
     touched = touched[compact]
-    # A rule that mixes the elements of a row must not see the columns that only the stack has.
-    width = stack.width
-    old = [
-        array.at[touched, :width].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
-        for array in state
-    ]
-    new, slots = new_rows(optimizer, limits, sums[compact, :width], old[0], tuple(old[1:]), tuple(hyperparameters))
+    # The rule must not see the columns that only the stack has. One value a row is read and written as it is: on a GPU a
+    # reshape of the whole array would copy it.
+    columns = (slice(stack.width),)
+    places = [array.at[touched, *columns[: array.ndim - 1]] for array in state]
+    known = {"unique_indices": True, "indices_are_sorted": True}
+    old = [_columns(place.get(mode="fill", fill_value=0, **known)) for place in places]
+    gradient = sums[compact, *columns]
+    table, slots = new_rows(one.optimizer, one.limits, gradient, old[0], tuple(old[1:]), one.hyperparameters)
     return [
-        array.at[touched, :width].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True).reshape(shape)
-        for array, rows, shape in zip(state, (new, *slots), shapes, strict=True)
+        place.set(new if array.ndim == 2 else new[:, 0], mode="drop", **known)
+        for place, array, new in zip(places, state, (table, *slots), strict=True)
     ]
 
 
-def _sparsecore_stack(
-    arrays,
-    gradient: jax.Array,
-    state: Sequence[jax.Array],
-    hyperparameters: Sequence[jax.Array],
-    after: jax.Array | None,
-    geometry: Geometry,
-    stack: StackGeometry,
-    optimizer: OptimizerSpec,
-    limits: RowLimits,
-) -> Sequence[jax.Array]:
-    if sparsecore.holds(dataclasses.replace(stack, optimizer=optimizer), state[0], geometry):
-        order = None if after is None else _opaque_zero(after)
-        options = (geometry, stack, optimizer, limits)
-        return sparsecore.update(arrays, gradient, state, hyperparameters, order, *options)
-    return _portable_stack(arrays, gradient, state, hyperparameters, after, geometry, stack, optimizer, limits)
+def _sparsecore_stack(arrays: Sequence[jax.Array], one: StackUpdate, geometry: Geometry) -> Sequence[jax.Array]:
+    lower = sparsecore.update if sparsecore.holds(one.stack, one.state[0], geometry) else _portable_stack
+    return lower(arrays, one, geometry)
 
 
-def _split(
-    operands: Sequence[jax.Array], optimizers: tuple[OptimizerSpec, ...]
-) -> tuple[tuple[jax.Array, ...], list[tuple[jax.Array, ...]], tuple[jax.Array, ...]]:
-    """Gradient of each stack, table and slots of each stack, and what orders the update, if anything."""
-    sizes = [1 + optimizer.slot_variables_count() for optimizer in optimizers]
-    gradients, states, after = _grouped(operands, [len(sizes), sum(sizes), len(operands)])
-    return gradients, _grouped(states, sizes), after
+def _num_states(geometry: Geometry) -> list[int]:
+    """Arrays of each stack: its table and its slots."""
+    return [1 + optimizer_of(stack).slot_variables_count() for stack in geometry.stacks]
 
 
 def _by_stack(
@@ -184,29 +154,24 @@ def _by_stack(
     hyperparameters,
     *operands,
     geometry: Geometry,
-    optimizers: tuple[OptimizerSpec, ...],
     num_hyperparameters: tuple[int, ...],
     limits: tuple[RowLimits, ...],
     backend: str | None,
 ):
     del backend
     arrays = (row_pointers, ids, samples, gains, num_minibatches)
-    gradients, states, after = _split(operands, optimizers)
-    scalars = _grouped(list(hyperparameters), num_hyperparameters)
-    results = []
-    for k, stack in enumerate(geometry.stacks):
-        results += update_stack(
-            arrays,
-            gradients[k],
-            states[k],
-            scalars[k],
-            after[k] if after and after[k].size else None,
-            geometry,
-            stack,
-            optimizers[k],
-            limits[k],
-        )
-    return results
+    sizes = _num_states(geometry)
+    gradients, states, after = _grouped(operands, [len(sizes), sum(sizes), len(operands)])
+    updates = zip(
+        geometry.stacks,
+        gradients,
+        _grouped(states, sizes),
+        _grouped(list(hyperparameters), num_hyperparameters),
+        [_opaque_zero(array) if array.size else None for array in after] or [None] * len(sizes),
+        limits,
+        strict=True,
+    )
+    return [array for update in updates for array in update_stack(arrays, StackUpdate(*update), geometry)]
 
 
 @functools.cache
@@ -220,11 +185,10 @@ def _run(*operands, **params):
 
 
 @update_p.def_abstract_eval
-def _shapes(*operands, optimizers: tuple[OptimizerSpec, ...], **params):
+def _shapes(*operands, geometry: Geometry, **params):
     del params
-    first = 6 + len(optimizers)
-    num_states = sum(1 + optimizer.slot_variables_count() for optimizer in optimizers)
-    return [state.update() for state in operands[first : first + num_states]]
+    first = 6 + len(geometry.stacks)
+    return [state.update() for state in operands[first : first + sum(_num_states(geometry))]]
 
 
 refuse_transformations(
@@ -258,18 +222,17 @@ def _native(
 _lower_native = mlir.lower_fun(_native, multiple_results=True)
 
 
-def _lower_cpu(context, *operands, optimizers: tuple[OptimizerSpec, ...], backend: str | None, **params):
-    native_wanted = backend_on("cpu", backend) == "native"
+def _lower_cpu(context, *operands, geometry: Geometry, backend: str | None, **params):
+    lower = _lower_native if backend_on("cpu", backend) == "native" else _lower_portable
+    optimizers = [optimizer_of(stack) for stack in geometry.stacks]
     without_rule = sorted({type(optimizer).__name__ for optimizer in optimizers if not native.has_rule(optimizer)})
-    lower = _lower_portable
-    if native_wanted and not without_rule:
-        lower = _lower_native
-    elif native_wanted:
+    if without_rule and lower is _lower_native:
+        lower = _lower_portable
         warn_slow_path(
             f"{', '.join(without_rule)} has no native row rule: its updates run in plain JAX operations, which are slower on "
             'CPU. embax.use_backend("portable") chooses that without this warning.'
         )
-    return lower(context, *operands, optimizers=optimizers, backend=backend, **params)
+    return lower(context, *operands, geometry=geometry, backend=backend, **params)
 
 
 def _lower_tpu(context, *operands, backend: str | None, **params):

@@ -27,9 +27,7 @@ class EmbeddingVariablesParam(nnx.Param):
 
 
 class _Features:
-    """A placed feature tree, and the limits of new rows, as a static attribute: compared by identity, so that no trace looks
-    into it.
-    """
+    """A placed feature tree as a static attribute, with the limits of new rows: compared by identity, no trace looks inside."""
 
     def __init__(self, specs: Any, embedding_var_limits: Mapping[str, Any] | None) -> None:
         self.specs = specs

@@ -1,58 +1,80 @@
 """What the trace of a row rule says about it."""
 
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 if TYPE_CHECKING:
     from embax.optimizers._base import OptimizerSpec
 
-_ELEMENTWISE_NAMES = """
-    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt integer_pow
-    is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n sign sin sqrt square
-    stop_gradient sub tan tanh xor
-"""
-_ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
-"""JAX's primitives that compute each element of a result from the elements at its place."""
+# fmt: off
+_ELEMENTWISE = frozenset({
+    "abs", "add", "add_any", "and", "atan2", "bitcast_convert_type", "broadcast_in_dim", "cbrt", "ceil", "clamp",
+    "convert_element_type", "copy", "cos", "div", "eq", "erf", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow",
+    "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow",
+    "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_right_logical", "sign", "sin", "sqrt", "square", "sub",
+    "tan", "tanh", "xor",
+})
+# fmt: on
+"""JAX's primitives that compute each element of a result from the elements at its place, where all shapes are one."""
+
+_CALLS = frozenset({"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"})
 
 
-def trace_rule(optimizer: "OptimizerSpec", dim: int) -> Any:
-    """The jaxpr of `optimizer.update_rows` for one row of `dim` columns.
+def trace_rule(optimizer: "OptimizerSpec") -> ClosedJaxpr:
+    """The jaxpr of `optimizer.update_rows` for one row.
 
     Raises:
         ValueError: the rule returns something else than the new row and the new slots.
     """
-    row, value = jax.ShapeDtypeStruct((1, dim), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    row, value = (jax.ShapeDtypeStruct((1, dim), jnp.float32) for dim in (optimizer.rule_columns, 1))
     slots = tuple(value if one_value else row for one_value in optimizer.row_wise_slots())
-    scalars = jax.eval_shape(lambda: tuple(optimizer.get_hyperparameters(0)))
+    scalars = jax.eval_shape(lambda step: tuple(optimizer.get_hyperparameters(step)), jnp.int32(0))
     return jax.make_jaxpr(optimizer.update_rows)(row, row, slots, scalars)
 
 
-def _only_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:
+def _called(equation: Any) -> list[ClosedJaxpr]:
+    if equation.primitive.name not in _CALLS:
+        return []
+    return [value for value in equation.params.values() if isinstance(value, ClosedJaxpr)]
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """The equations of a jaxpr and of all that it calls, the calls themselves left out."""
     for equation in jaxpr.eqns:
-        inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
-        if inner is not None:
-            if equation.primitive.name not in ("pjit", "jit", "custom_jvp_call", "custom_vjp_call", "closed_call"):
-                return False
-            if not _only_elementwise(getattr(inner, "jaxpr", inner), shape):
-                return False
-        elif equation.primitive.name == "broadcast_in_dim":
-            if equation.invars[0].aval.ndim != 0:
-                return False
-        elif equation.primitive.name not in _ELEMENTWISE:
-            return False
-        if any(variable.aval.shape not in ((), shape) for variable in equation.outvars):
-            return False
-    return True
+        if equation.primitive.name not in _CALLS:
+            yield equation
+        for called in _called(equation):
+            yield from equations(called.jaxpr)
+
+
+def _constants(closed: ClosedJaxpr) -> Iterator[Any]:
+    """The values that a jaxpr and all that it calls hold, but for literals."""
+    yield from closed.consts
+    for equation in closed.jaxpr.eqns:
+        for called in _called(equation):
+            yield from _constants(called)
+
+
+def why_not_elementwise(closed: ClosedJaxpr, dim: int) -> str | None:
+    """What in the trace of a rule for rows of `dim` columns mixes columns, or tells one from another; None if nothing does."""
+    for equation in equations(closed.jaxpr):
+        name = equation.primitive.name
+        if name not in _ELEMENTWISE:
+            return f"its rule uses {name}"
+        if any(value.aval.shape not in ((), (1, dim)) for value in (*equation.invars, *equation.outvars)):
+            return f"its rule uses {name} on another shape than that of a row"
+    if any(np.ndim(value) for value in _constants(closed)):
+        return "its rule holds an array"
+    return None
 
 
 @functools.lru_cache(maxsize=1024)
 def is_elementwise(optimizer: "OptimizerSpec") -> bool:
     """Whether the rule is made of operations on the elements of one column alone."""
-    dim = optimizer.rule_columns
-    closed = trace_rule(optimizer, dim)
-    # An array that the rule closes over has a place for each column.
-    constants = all(getattr(constant, "ndim", 0) == 0 for constant in closed.consts)
-    return constants and _only_elementwise(closed.jaxpr, (1, dim))
+    return why_not_elementwise(trace_rule(optimizer), optimizer.rule_columns) is None

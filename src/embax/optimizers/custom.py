@@ -103,7 +103,7 @@ class CustomOptimizerSpec(OptimizerSpec):
                 f"CustomOptimizerSpec: custom_computation_fn is {self.custom_computation_fn!r}, and stablehlo is None; one of "
                 "them must state the row rule, a function or StableHLO text."
             )
-        trace_rule(self, self.rule_columns)  # Says what is wrong with the rule.
+        trace_rule(self)  # Says what is wrong with the rule.
 
     @functools.cached_property
     def _program(self) -> Program | None:
