@@ -179,8 +179,6 @@ def why_not(optimizer: OptimizerSpec, dim: int) -> str | None:
         return "it has a slot of one value a row"
     if optimizer.clip_gradient_norm is not None:
         return "clip_gradient_norm takes the row as a whole"
-    if not optimizer.elementwise:
-        return "its rule takes the row as a whole"
     step = jax.ShapeDtypeStruct((), jnp.int32)
     num_hyperparameters = len(jax.eval_shape(functools.partial(hyperparameters_of, optimizer), step))
     closed = row_rule(optimizer, NO_LIMITS, dim, optimizer.slot_variables_count(), num_hyperparameters)
