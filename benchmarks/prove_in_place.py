@@ -84,11 +84,15 @@ class Setting:
     minibatching: bool = False
     device: Any = None
 
-    def table_bytes(self, vocabulary: int) -> int:
-        """Bytes of all tables and slots."""
+    def arrays(self, vocabulary: int) -> list[jax.ShapeDtypeStruct]:
+        """All tables and slots."""
         specs = self.specs_of(vocabulary)
         variables = jax.eval_shape(lambda key: embax.init_embedding_variables(key, specs), jax.random.key(0))
-        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(variables))
+        return jax.tree.leaves(variables)
+
+    def table_bytes(self, vocabulary: int) -> int:
+        """Bytes of all tables and slots."""
+        return sum(array.size * array.dtype.itemsize for array in self.arrays(vocabulary))
 
 
 def compile_explicit(vocabulary: int, loss: Callable, setting: Setting, *, scan: bool) -> Any:

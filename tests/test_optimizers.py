@@ -18,6 +18,9 @@ from embax._ops.native import ROW_RULES
 
 STEPS = 20
 
+# What runs on the native backend in plain JAX operations is among them.
+pytestmark = pytest.mark.filterwarnings("ignore:CustomOptimizerSpec has no native row rule:embax.SlowPathWarning")
+
 
 # The formulas, as functions (gradient, [table, *slots], step) -> [table, *slots], and one row an optimizer: spec and formula.
 def sgd(gradient, state, step):
@@ -109,6 +112,18 @@ def altered(formula, value=np.inf, norm=np.inf, l2=0.0, decay=0.0):
     return step
 
 
+def custom_adagrad(gradient, table, accumulator, learning_rate):
+    accumulator = accumulator + gradient * gradient
+    return table - jnp.where(accumulator == 0, 0.0, learning_rate * gradient / jnp.sqrt(accumulator)), accumulator
+
+
+def custom_row_wise_adagrad(gradient, table, accumulator, learning_rate):
+    accumulator = accumulator + jnp.mean(gradient * gradient, axis=1, keepdims=True)
+    return table - learning_rate * gradient / (jnp.sqrt(accumulator) + 1e-8), accumulator
+
+
+ZEROS = (jax.nn.initializers.zeros,)
+
 OPTIMIZERS = {
     "sgd": (embax.SGDOptimizerSpec(0.1), sgd),
     "adagrad": (embax.AdagradOptimizerSpec(0.1), adagrad),
@@ -155,6 +170,16 @@ OPTIMIZERS = {
     ),
     "row_wise_adagrad": (embax.RowWiseAdagradOptimizerSpec(0.1), row_wise_adagrad),
     "row_wise_adam": (embax.RowWiseAdamOptimizerSpec(0.1), row_wise_adam),
+    "custom": (
+        embax.CustomOptimizerSpec(0.1, custom_adagrad, slot_variable_initializers_tuple=ZEROS),
+        adagrad,
+    ),
+    "custom row-wise": (
+        embax.CustomOptimizerSpec(
+            0.1, custom_row_wise_adagrad, slot_variable_initializers_tuple=ZEROS, slots_of_one_value=(True,)
+        ),
+        row_wise_adagrad,
+    ),
     # What happens around every rule.
     "sgd clipped by value": (embax.SGDOptimizerSpec(0.1, clip_gradient_value=0.7), altered(sgd, value=0.7)),
     "adagrad clipped by norm": (embax.AdagradOptimizerSpec(0.1, clip_gradient_norm=1.5), altered(adagrad, norm=1.5)),
@@ -493,7 +518,8 @@ def test_steps_that_are_missing_or_negative():
 
 
 def test_hyperparameters_are_in_the_order_of_the_native_rules():
-    for spec, _ in OPTIMIZERS.values():
+    built_in = [spec for spec, _ in OPTIMIZERS.values() if not isinstance(spec, embax.CustomOptimizerSpec)]
+    for spec in built_in:
         hyperparameters = spec.get_hyperparameters(jnp.int32(3))
         _, slots, count = ROW_RULES[spec.native_rule]
         assert (spec.slot_variables_count(), len(hyperparameters)) == (slots, count)

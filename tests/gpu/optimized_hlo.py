@@ -57,7 +57,7 @@ def violations(text: str, num_elements: int) -> list[str]:
 
     Args:
         text: `compiled.as_text()`.
-        num_elements: elements of the smallest table; nothing of the batch is that large.
+        num_elements: elements of the smallest table or slot; nothing of the batch is that large.
 
     Returns:
         The instructions that scatter to indices which are not known to be unique and sorted; that make an array as large

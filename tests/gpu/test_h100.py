@@ -35,12 +35,11 @@ def assert_in_place(compile_step, loss, setting):
     compiled = [compile_step(vocabulary, loss, setting) for vocabulary in VOCABULARIES]
     memory = memory_of(compiled, setting)
     assert memory.in_place, memory
-    for vocabulary, step, bytes_ in zip(VOCABULARIES, compiled, memory.tables, strict=True):
-        size = vocabulary * DIM
-        assert not violations(step.as_text(), size)
+    for vocabulary, step in zip(VOCABULARIES, compiled, strict=True):
+        assert not violations(step.as_text(), vocabulary)  # The elements of a slot of one value a row.
         # And the check did see the updates: one scatter into each table and slot.
-        writes = [one for one in instructions(step.as_text()) if one.opcode == "scatter" and one.elements >= size]
-        assert len(writes) == bytes_ // (4 * size)
+        writes = [one for one in instructions(step.as_text()) if one.opcode == "scatter" and one.elements >= vocabulary]
+        assert len(writes) == len(setting.arrays(vocabulary))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
