@@ -1,5 +1,6 @@
 """Stacking: grouping, padding, rotation, offsets, limits, names, errors."""
 
+import functools
 import hashlib
 import re
 
@@ -173,7 +174,10 @@ def test_stacked_tables_train_as_they_do_alone(num_sparsecores, backend):
         results.append((len(variables), activations, oracle.tables_of(variables, features)))
     (alone, activations, tables), (stacked, other_activations, other_tables) = results
     assert (alone, stacked) == (3, 1)
-    jax.tree.map(np.testing.assert_array_equal, (activations, tables), (other_activations, other_tables))
+    # The portable backend sums in blocks, which begin elsewhere in a stack.
+    tolerance = {"rtol": 0, "atol": 0} if backend == "native" else {"rtol": 1e-5, "atol": 1e-6}
+    same = functools.partial(np.testing.assert_allclose, **tolerance)
+    jax.tree.map(same, (activations, tables), (other_activations, other_tables))
 
 
 def test_limits_of_stacks_name_the_remedy_that_works():

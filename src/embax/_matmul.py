@@ -66,7 +66,7 @@ def checked_limits(limits: Mapping[str, Any] | None, plan: Plan) -> tuple[RowLim
         valid = (
             isinstance(pair, Sequence) and len(pair) == 2 and all(end is None or is_finite_number(end) for end in pair)
         )
-        ends = [None if end is None else float(end) for end in pair] if valid else []
+        ends: list[Any] = [None if end is None else float(end) for end in pair] if valid else []
         if not valid or (None not in ends and ends != sorted(ends)):
             raise ValueError(
                 f"embedding_var_limits of stack {name!r} is {pair!r}; it must be two finite numbers (min, max) in this order, "

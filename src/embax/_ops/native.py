@@ -82,7 +82,7 @@ def lookup(packed: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: G
     )
 
 
-def _row_options(geometry: Geometry, optimizers: Sequence[OptimizerSpec], limits: Sequence[RowLimits]) -> np.ndarray:
+def _row_options(geometry: Geometry, limits: Sequence[RowLimits]) -> np.ndarray:
     """float32[6 * stacks]: see `RowOptions` in `csrc/kernels/rows.h`; infinite where there is no limit."""
     options = []
     for stack, (low, high) in zip(geometry.stacks, limits, strict=True):

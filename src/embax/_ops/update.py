@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +125,7 @@ def _portable_stack(arrays: Sequence[jax.Array], one: StackUpdate, geometry: Geo
     # reshape of the whole array would copy it.
     columns = (slice(stack.width),)
     places = [array.at[touched, *columns[: array.ndim - 1]] for array in state]
-    known = {"unique_indices": True, "indices_are_sorted": True}
+    known: Any = {"unique_indices": True, "indices_are_sorted": True}
     old = [_columns(place.get(mode="fill", fill_value=0, **known)) for place in places]
     gradient = sums[compact, *columns]
     table, slots = new_rows(one.optimizer, one.limits, gradient, old[0], tuple(old[1:]), one.hyperparameters)
