@@ -13,6 +13,7 @@ import oracle
 import pytest
 
 import embax
+from embax._ops import native
 
 
 class NoSlots(NamedTuple):
@@ -75,8 +76,81 @@ def test_a_rule_of_ones_own_is_not_replaced_by_that_of_the_base():
     class Named(embax.SGDOptimizerSpec):
         pass
 
-    assert (NoStep.native_rule, Named.native_rule) == ("", "sgd")
+    class MoreHyperparameters(embax.AdagradOptimizerSpec):
+        def get_hyperparameters(self, step=None):
+            return *super().get_hyperparameters(step), jnp.float32(0.5)
+
+    class ClaimsARule(MoreHyperparameters):
+        native_rule = "adagrad"
+
+    class OtherSlots(embax.AdagradOptimizerSpec):
+        native_rule = "adagrad"
+
+        def row_wise_slots(self):
+            return (True,)
+
+    rules = [optimizer.native_rule for optimizer in (NoStep, Named, MoreHyperparameters)]
+    assert rules == ["", "sgd", ""]
     assert (NoStep().short_name(), Named().short_name()) == ("nostep", "sgd")
+    assert not native.has_rule(OtherSlots())
+    with pytest.raises(
+        ValueError, match="ClaimsARule: get_hyperparameters returned 2 numbers; the native rule 'adagrad' takes 1"
+    ):
+        step_of(ClaimsARule())
+
+
+def step_of(optimizer):
+    """Takes a step with an optimizer."""
+    table = oracle.table_spec(optimizer=optimizer)
+    specs = embax.prepare_feature_specs_for_training({"f": oracle.feature_spec("f", table, 2, 1)}, 1, 4)
+    variables = embax.init_embedding_variables(jax.random.key(0), specs)
+    packed = embax.preprocess({"f": np.array([[3], [8]])}, specs=specs)
+    return embax.apply_gradients({"f": jnp.ones((2, 8))}, packed, variables, specs=specs)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda table: (table[:, :1], ()), r"returned as new table float32\[8, 1\]; it must be float32\[.*, 8\]"),
+        (lambda table: (table.astype(jnp.bfloat16), ()), r"returned as new table bfloat16\[8, 8\]; it must be float32"),
+        (
+            lambda table: (table, (table,)),
+            "the row rule returned 2 arrays; it must return 1, the new table, in this order",
+        ),
+        (lambda table: table, "update_rows returned .*; it must return the new table, and a tuple of the new slots"),
+    ],
+)
+def test_what_a_rule_of_ones_own_returns_is_checked(result, message):
+    class Wrong(embax.SGDOptimizerSpec):
+        def update_rows(self, gradient, table, slots, hyperparameters):
+            return result(jnp.zeros((8, 8)))
+
+    with embax.use_backend("portable"), pytest.raises(ValueError, match=f"Wrong: .*{message}"):
+        step_of(Wrong())
+
+
+def test_slots_without_names_are_a_tuple():
+    class Plain(SignSGD):
+        def slot_variables_initializers(self):
+            return (jax.nn.initializers.zeros,)
+
+        def update_rows(self, gradient, table, slots, hyperparameters):
+            return table - gradient, (slots[0] + 1,)
+
+    with embax.use_backend("portable"):
+        new = step_of(Plain())
+    assert isinstance(new["table"].slot, tuple)
+    assert float(new["table"].slot[0].sum()) == 16
+
+
+def test_a_warning_that_is_an_error_is_one_each_time():
+    class Another(SignSGD):
+        def update_rows(self, gradient, table, slots, hyperparameters):
+            return table, slots
+
+    for _ in range(2):
+        with pytest.raises(embax.SlowPathWarning, match="Another has no native row rule"):
+            step_of(Another())
 
 
 def test_choosing_the_portable_backend_is_silent():

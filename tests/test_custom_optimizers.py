@@ -1,7 +1,9 @@
 """Optimizers of the user's own, as functions and as StableHLO text, beside the built-in ones that they repeat."""
 
 import collections
+import copy
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import oracle
 import pytest
 
 import embax
+from embax import _warnings
 from embax.optimizers._stablehlo import Program
 
 pytestmark = pytest.mark.filterwarnings("ignore:CustomOptimizerSpec has no native row rule:embax.SlowPathWarning")
@@ -39,6 +42,13 @@ def ftrl(gradient, table, accumulator, linear, learning_rate):
     linear = linear + gradient - (jnp.sqrt(total) - jnp.sqrt(accumulator)) / learning_rate * table
     solution = (jnp.clip(linear, -0.2, 0.2) - linear) / (jnp.sqrt(total) / learning_rate)
     return solution, total, linear
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, gradient, table, learning_rate):
+        return table
 
 
 def text_of(rule, dim, slots, rate_shape=(), slot_shape=None):
@@ -182,10 +192,16 @@ OPERATIONS = [
     lambda x: jax.lax.switch(jnp.int32(1), [lambda: x, lambda: x * 3.0, lambda: x]),
     lambda x: jax.lax.fori_loop(0, 3, lambda _, y: y * 0.5 + x, x),
     lambda x: x * (jnp.argmax(x, axis=1)[:, None].astype(jnp.float32)),
+    lambda x: jnp.dot(x, x.T) * x[:, ::-1] + jnp.pad(x, ((0, 0), (1, 1)))[:, 2:] + jnp.sinh(x) + jnp.arctan(x),
+    lambda x: jax.lax.scan(lambda c, y: (c + y, c * y), jnp.zeros(1), x.T)[1].T,
+    lambda x: jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & ~0xFF, jnp.float32),
+    lambda x: jnp.sort(x) + jnp.cumsum(x, axis=1) + x.at[0, 2].set(1.0),
+    lambda x: x * jnp.asarray([[1, 2, 3, 4, 5, 6, 7, 8]], jnp.bfloat16).astype(jnp.float32),
     lambda x: x.astype(jnp.bfloat16).astype(jnp.float32) + x.astype(jnp.int32).astype(jnp.float32),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:The StableHLO text of a row rule:embax.SlowPathWarning")
 @pytest.mark.parametrize("number", range(len(OPERATIONS)))
 def test_text_is_read_as_what_was_written(number, standard_promotion):
     rule = OPERATIONS[number]
@@ -236,11 +252,11 @@ def test_text_with_limits():
         ),
         (
             {"custom_computation_fn": lambda g, w, lr: w.sum()},
-            r"returned as new table float32\[\]; it must be float32\[1, 8\]",
+            r"returned as new table float32\[\]; it must be float32\[1, 61\]",
         ),
         (
             {"custom_computation_fn": lambda g, w, lr: w.astype(jnp.int32)},
-            r"returned as new table int32\[1, 8\]; it must be float32",
+            r"returned as new table int32\[1, 61\]; it must be float32",
         ),
         ({"custom_computation_fn": lambda g, w, lr: None}, r"returned as new table NoneType\[\]; it must be float32"),
         (
@@ -249,7 +265,7 @@ def test_text_with_limits():
                 "slot_variable_initializers_tuple": (ZEROS,),
                 "slots_of_one_value": (True,),
             },
-            r"returned as new slot_0 float32\[1, 8\]; it must be float32\[1, 1\]",
+            r"returned as new slot_0 float32\[1, 61\]; it must be float32\[1, 1\]",
         ),
         (
             {"custom_computation_fn": lambda g, w: w},
@@ -280,10 +296,14 @@ def test_text_with_limits():
             },
             r"have the shapes \[\(8,\), \(8,\), \(8,\)\]; the first, the gradient, must be of one row, \[1, dim\]",
         ),
+        ({"stablehlo": text_of(lambda g, w, lr: w, 8, 0)}, "takes 1 arguments; .* give it keep_unused=True"),
         (
-            {"stablehlo": text_of(lambda g, w, lr: w - lr * jnp.sort(g), 8, 0)},
-            "has the operation stablehlo.sort, which embax does not read. Write the row rule as a function",
+            {"stablehlo": text_of(sgd, 8, 0).replace("f32", "f64")},
+            "main takes or returns a tensor<1x8xf64>, and must do float32",
         ),
+        ({"stablehlo": text_of(sgd, 8, 0).replace("1x8x", "1x0x")}, "must do float32 of fixed shapes alone"),
+        ({"custom_computation_fn": sgd, "slots_of_one_value": True}, "slots_of_one_value is True; it must be"),
+        ({"custom_computation_fn": Unhashable()}, "the row rule or an initializer has no hash"),
     ],
 )
 def test_bad_rules_are_refused(arguments, message):
@@ -292,7 +312,7 @@ def test_bad_rules_are_refused(arguments, message):
 
 
 def test_text_for_rows_of_another_width_is_refused_before_anything_is_lost():
-    optimizer = embax.CustomOptimizerSpec(0.1, stablehlo=text_of(sgd, 16, 0))
+    optimizer = embax.CustomOptimizerSpec(0.1, stablehlo=text_of(lambda g, w, lr: w - lr * g / g.sum(), 16, 0))
     specs = {"f": oracle.feature_spec("f", oracle.table_spec(optimizer=optimizer), 2, 1)}
     embax.prepare_feature_specs_for_training(specs, 1, 4)
     variables = embax.init_embedding_variables(jax.random.key(0), specs)
@@ -303,3 +323,88 @@ def test_text_for_rows_of_another_width_is_refused_before_anything_is_lost():
     ):
         step({"f": jnp.ones((2, 8))}, packed, variables=variables)
     assert not jax.tree.leaves(variables)[0].is_deleted()
+
+
+def test_elementwise_text_serves_tables_of_any_width():
+    text = embax.CustomOptimizerSpec(0.1, stablehlo=text_of(sgd, 16, 0, (1, 16)))
+    for dim in (5, 8, 16, 24):
+        tables, _ = train({"built in": embax.SGDOptimizerSpec(0.1), "text": text}, dim, "portable")
+        np.testing.assert_allclose(tables["text"][0], tables["built in"][0], rtol=1e-6)
+
+
+def test_a_rule_may_be_for_as_many_columns_as_its_table_has():
+    by_column = jnp.linspace(0.5, 2, 5, dtype=jnp.float32)[None]
+    rules = {
+        "scaled": lambda g, w, lr: w - lr * g * by_column,
+        "by width": lambda g, w, lr: w - lr * g / g.shape[1] ** 0.5,
+        "text": None,
+    }
+    text = text_of(rules["scaled"], 5, 0)
+    optimizers = {name: embax.CustomOptimizerSpec(0.1, rule, None if rule else text) for name, rule in rules.items()}
+    assert not any(optimizer.elementwise for optimizer in optimizers.values())
+    tables, start = train({"plain": embax.SGDOptimizerSpec(0.1), **optimizers}, 5, "portable")
+    moved = tables["plain"][0] - start
+    np.testing.assert_allclose(tables["scaled"][0] - start, moved * by_column, atol=1e-6)
+    np.testing.assert_allclose(tables["text"][0], tables["scaled"][0], rtol=1e-6)
+    np.testing.assert_allclose(tables["by width"][0] - start, moved / 5**0.5, atol=1e-6)
+    with pytest.raises((TypeError, ValueError), match="shapes"):
+        train({"scaled": optimizers["scaled"]}, 8, "portable")
+
+
+@pytest.mark.parametrize("backend", ["native", "portable"])
+def test_text_that_is_not_read_runs_row_by_row(backend, monkeypatch):
+    def sorting(gradient, table, accumulator, learning_rate):
+        order = jnp.argsort(gradient, axis=1)
+        return table - learning_rate * jnp.sort(gradient, axis=1), accumulator + jnp.cumsum(gradient, axis=1) + order
+
+    slots = {"slot_variable_initializers_tuple": (ZEROS,)}
+    with jax.numpy_dtype_promotion("standard"):
+        text = text_of(sorting, 8, 1)
+    assert Program.parse(text).unread
+    monkeypatch.setattr(_warnings, "_told", set())
+    with pytest.warns(
+        embax.SlowPathWarning, match="has the operation .*, which embax does not read: it runs over one row"
+    ):
+        of_text = embax.CustomOptimizerSpec(0.1, stablehlo=text, **slots)
+    with jax.numpy_dtype_promotion("standard"):
+        of_function = embax.CustomOptimizerSpec(of_text.learning_rate, sorting, **slots)
+        tables, _ = train({"text": of_text, "function": of_function}, 8, backend)
+    assert not of_text.elementwise
+    for got, wanted in zip(tables["text"], tables["function"], strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_specs_are_found_and_travel():
+    first = collections.namedtuple("First", ["mean"])
+    second = collections.namedtuple("Second", ["spread"])
+    one, other = (
+        embax.CustomOptimizerSpec(0.1, adagrad, slot_variable_initializers_tuple=slots(ZEROS))
+        for slots in (first, second)
+    )
+    assert one != other  # Their slots have other names.
+    text = text_of(sgd, 8, 0)
+    assert embax.CustomOptimizerSpec(0.1, stablehlo=text) == embax.CustomOptimizerSpec(0.1, stablehlo=text.encode())
+    spec = embax.CustomOptimizerSpec(0.1, adagrad, slot_variable_initializers_tuple=(jnp.zeros_like,))
+    assert pickle.loads(pickle.dumps(spec)) == copy.deepcopy(spec) == spec
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (8, 1, 1, 2.0, 1.0),
+        (8, 1, 1, float("nan"), None),
+        (8, 1, 1, None, None, (True, False)),
+        (0,),
+        (8, -1),
+        (8, 1, -1),
+    ],
+)
+def test_bad_counts_and_limits_of_text_are_refused(arguments):
+    with pytest.raises(ValueError, match="lower_to_stablehlo: "):
+        embax.CustomOptimizerSpec.lower_to_stablehlo(adagrad, *arguments)
+
+
+def test_text_of_a_slot_of_one_value():
+    text = embax.CustomOptimizerSpec.lower_to_stablehlo(row_wise_adagrad, 8, 1, slots_of_one_value=(True,))
+    assert Program.parse(text).shapes == ((1, 8), (1, 8), (1, 1), (1, 8))
+    assert Program.parse(embax.CustomOptimizerSpec.wrap_stablehlo_with_limits(text, 8, 1, 1, 0.0)).shapes[2] == (1, 1)

@@ -44,7 +44,7 @@ def test_new_rows_are_clipped_to_limits_and_nothing_else_is(backend, limits, opt
 @BACKENDS
 def test_a_gradient_is_clipped_at_any_size(backend):
     gradient = np.zeros((6, 8), np.float32)
-    gradient[0] = 1e30  # Its squares overflow.
+    gradient[0] = 3e38  # Its squares overflow, and so does its norm.
     gradient[1] = 1e-30  # Its squares vanish.
     gradient[2, 3] = np.nan
     gradient[4] = [3, 4, 0, 0, 0, 0, 0, 0]
@@ -88,6 +88,7 @@ def test_bits_are_those_without_options_where_options_ask_for_nothing():
         ({"table": (float("nan"), 1)}, "it must be two finite numbers"),
         ({"table": ("0", 1)}, "it must be two finite numbers"),
         ({"table": 3}, "it must be two finite numbers"),
+        ({"table": (1e39, None)}, "it must be two finite numbers"),
         ([(0, 1)], "embedding_var_limits is a list. Pass a dict"),
     ],
 )
@@ -105,6 +106,8 @@ def test_bad_limits_are_refused(limits, message):
         ("clip_gradient_value", 0, "clip_gradient_value is 0; it must be a number above 0, or None"),
         ("clip_gradient_norm", -1, "clip_gradient_norm is -1; it must be a number above 0, or None"),
         ("clip_gradient_norm", 1e-60, "it must be a number above 0, or None"),  # 0 in float32.
+        ("weight_decay", 1e39, "weight_decay is 1e\\+39; it must be a number"),  # Infinite in float32.
+        ("weight_decay", 10**400, "it must be a number"),
     ],
 )
 def test_bad_options_are_refused(field, value, message):

@@ -184,3 +184,33 @@ def test_tables_of_rank_1_are_columns(backend):
             assert one.ndim == 1
             other = other[:, 0] if other.ndim == 2 else other
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6, err_msg=stack.name)
+
+
+@pytest.mark.parametrize("backend", ["native", "portable"])
+@pytest.mark.parametrize("optimizer", [embax.RowWiseAdagradOptimizerSpec, embax.RowWiseAdamOptimizerSpec])
+def test_what_padding_holds_does_not_matter(backend, optimizer):
+    """The stack has 8 columns, its tables 6; the others are NaN."""
+    options = {"weight_decay": 0.2, "weight_decay_mode": "l2", "clip_gradient_norm": 1.5}
+    specs = stacked_specs(optimizer(0.1, **options))
+    rng = np.random.default_rng(0)
+    table = {name: rng.standard_normal((rows, 6)).astype(np.float32) for name, rows in (("a", 37), ("b", 9))}
+    slots = embax.init_embedding_variables(jax.random.key(0), specs)["all"].slot
+    variables = {"all": embax.EmbeddingVariables(embax.stack_and_shard_tables(table, specs=specs)["all"], slots)}
+    assert np.isnan(variables["all"].table[:, 6:]).all()
+    ids = {name: rng.integers(0, 9, (5, 2)) for name in specs}
+    gradients = {name: jnp.asarray(rng.standard_normal((5, 6)), jnp.float32) for name in specs}
+    packed = embax.preprocess(ids, specs=specs)
+    limits = {"all": (-2.0, 2.0)}
+    with embax.use_backend(backend):
+        new = embax.apply_gradients(gradients, packed, variables, specs=specs, step=0, embedding_var_limits=limits)
+    got = oracle.tables_of(new, specs)
+    for name, feature_ids in ids.items():
+        gradient, touched = oracle.row_gradients(len(table[name]), [(feature_ids, None, gradients[name])], "sum")
+        norm = np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), 1e-30)
+        gradient = gradient * np.minimum(1, 1.5 / norm) + 0.2 * table[name]
+        square = (gradient**2).mean(axis=1)
+        accumulator = got[name][-1]
+        share = 1 if optimizer is embax.RowWiseAdagradOptimizerSpec else 0.001
+        np.testing.assert_allclose(accumulator[touched], share * square[touched], rtol=1e-4)
+        assert np.isfinite(got[name][0]).all()
+        np.testing.assert_array_equal(got[name][0][~touched], table[name][~touched])

@@ -244,7 +244,9 @@ nb::dict RowRules() {
   nb::dict rules;
   for (int number = 0; number < kernels.num_rules; ++number) {
     const embax::RowRule& rule = kernels.rules[number];
-    rules[rule.name] = nb::make_tuple(number, rule.num_slots, rule.num_hyperparameters);
+    nb::list one_value_a_row;
+    for (int slot = 0; slot < rule.num_slots; ++slot) one_value_a_row.append((rule.row_wise >> slot & 1) != 0);
+    rules[rule.name] = nb::make_tuple(number, one_value_a_row, rule.num_hyperparameters);
   }
   return rules;
 }
@@ -281,6 +283,6 @@ NB_MODULE(_native, m) {
   m.def("empty_buffer", &EmptyBuffer, nb::arg("bytes"),
         "uint8[bytes] without values, at a multiple of 64. Its memory is kept for a later call once nothing refers to it.");
   m.def("ffi_handlers", &FfiHandlers, "Capsules of the XLA FFI handlers by target name.");
-  m.def("row_rules", &RowRules, "(number, slots, hyperparameters) of each optimizer's row rule, by name.");
+  m.def("row_rules", &RowRules, "(number, a bool a slot, hyperparameters) of each optimizer's row rule, by name.");
   m.def("simd", [] { return embax::SelectRowKernels().isa; }, "Instruction set of the row kernels that were chosen.");
 }

@@ -257,7 +257,7 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     updates[k].rule = &rule;
     if (next_state + rule.num_slots >= static_cast<int64_t>(results.size()) ||
         n + next_state + rule.num_slots >= static_cast<int64_t>(operands.size()) ||
-        num_hyperparameters[k] < rule.num_hyperparameters ||
+        num_hyperparameters[k] < rule.num_hyperparameters || num_hyperparameters[k] > rule.num_hyperparameters + 1 ||
         num_hyperparameters[k] > static_cast<int64_t>(hyperparameters.element_count()) - next_hyperparameter) {
       return Invalid("update: stack " + std::to_string(k) + " lacks operands or results");
     }
@@ -290,7 +290,7 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     t.options = {o[0], o[1], o[2], o[3], o[4]};
     // Behind those of the rule, where rows decay apart from it.
     if (num_hyperparameters[k] > rule.num_hyperparameters) t.options.decay = t.hyperparameters[rule.num_hyperparameters];
-    t.width = static_cast<int64_t>(o[5]);
+    t.width = std::clamp<int64_t>(static_cast<int64_t>(o[5]), 1, t.dim);
     bytes += sizeof(float) * t.dim * batch.NumEntries(k) * (2 + rule.num_slots);
   }
   return RunTasks(threads, batch, bytes, [&](int64_t stack, int64_t partition) {

@@ -82,8 +82,7 @@ void LookupRows(const LookupTask& t) {
   for (int64_t m = 0; m < t.num_minibatches; ++m) LookupMinibatch<kDim, kQuantize>(t, t.minibatches[m]);
 }
 
-// Clips the gradient of a row and adds what its decay asks for (RowOptions). Squares of what is divided by the largest
-// element neither overflow nor vanish.
+// Clips the gradient of a row and adds what its decay asks for (RowOptions).
 inline void PrepareRow(const RowOptions& options, float* __restrict g, float* __restrict w, int64_t dim) {
   if (options.clip_value < HUGE_VALF) {
     const float limit = options.clip_value;
@@ -95,14 +94,13 @@ inline void PrepareRow(const RowOptions& options, float* __restrict g, float* __
       const float size = std::fabs(g[i]);
       if (size > largest) largest = size;
     }
-    if (largest > 0) {
-      const float inverse = 1.0f / largest;
-      float sum = 0;
-      for (int64_t i = 0; i < dim; ++i) sum += g[i] * inverse * (g[i] * inverse);
-      const float root = std::sqrt(sum);
-      if (largest * root > options.clip_norm) {
-        for (int64_t i = 0; i < dim; ++i) g[i] = g[i] * inverse * (options.clip_norm / root);
-      }
+    // A power of two that keeps the squares from overflow, and those that matter from vanishing.
+    const float factor = largest > 0x1p60f ? 0x1p-70f : largest < 0x1p-60f ? 0x1p70f : 1.0f;
+    float sum = 0;
+    for (int64_t i = 0; i < dim; ++i) sum += g[i] * factor * (g[i] * factor);
+    const float norm = std::sqrt(sum);
+    if (norm > options.clip_norm * factor) {
+      for (int64_t i = 0; i < dim; ++i) g[i] = g[i] * factor * (options.clip_norm / norm);
     }
   }
   if (options.l2 != 0) {
@@ -169,11 +167,12 @@ void UpdateRows(const UpdateTask& t) {
     if (!touched || !InRange(id, t.rows_per_partition)) continue;
     float* rows[1 + kMaxSlots];
     for (int k = 0; k <= Rule::kSlots; ++k) rows[k] = t.state[k] + id * StateColumns(Rule::kRowWise, k, dim);
-    if (prepares) PrepareRow(options, sum, rows[0], dim);
+    // Columns of padding may hold anything, and a rule of whole rows must not see it.
+    if (prepares) PrepareRow(options, sum, rows[0], t.width);
     rule.template Row<kDim>(sum, rows, dim);
     if (limits) {
       float* __restrict w = rows[0];
-      for (int64_t i = 0; i < dim; ++i) w[i] = w[i] < options.min ? options.min : w[i] > options.max ? options.max : w[i];
+      for (int64_t i = 0; i < t.width; ++i) w[i] = w[i] < options.min ? options.min : w[i] > options.max ? options.max : w[i];
     }
   }
 }

@@ -189,11 +189,14 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
   Batch batch = Sound(random, 3, 3, 40, 7);
   if (damaged) batch = Damaged(random, batch);
   const int64_t size = batch.partitions * batch.rows * dim;
-  const std::vector<float> gradient = Draw(random, batch.sources * batch.samples * dim);
+  std::vector<float> gradient = Draw(random, batch.sources * batch.samples * dim);
   hyperparameters.resize(embax::kMaxHyperparameters);
-  const int64_t width = dim > 2 ? dim - 1 : dim;  // As if the last column were padding.
+  // The last column is padding: no gradient has it, and what it holds must not matter.
+  const int64_t width = dim > 2 ? dim - 1 : dim;
   std::vector<std::vector<float>> state(1 + rule.num_slots, Draw(random, size));
   const auto columns = [&](int k) { return embax::StateColumns(rule.row_wise, k, dim); };
+  for (size_t i = width; i < gradient.size() && width < dim; i += dim) gradient[i] = 0;
+  for (int64_t i = width; i < size && width < dim; i += dim) state[0][i] = NAN;
   for (int k = 1; k <= rule.num_slots; ++k) state[k].assign(size / dim * columns(k), 0.25f);
   if (rule.num_slots == 2 && rule.row_wise == 0) {  // Elements of some rows of equal slots, elements of others of different ones.
     for (int64_t i = 0; i < size; ++i) state[2][i] = i / dim % 2 ? 0.25f : static_cast<float>(i % 3);
@@ -239,12 +242,12 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
       x = std::fmin(std::fmax(x, -options.clip_value), options.clip_value);
       square += x * x;
     }
-    for (int64_t i = 0; i < dim; ++i) {
+    for (int64_t i = 0; i < width; ++i) {
       if (std::sqrt(square) > options.clip_norm) g[i] *= options.clip_norm / std::sqrt(square);
       g[i] += options.l2 * wanted[0][r * dim + i];
       mean_square += g[i] * g[i] / width;
     }
-    for (int64_t i = 0; i < dim; ++i) {
+    for (int64_t i = 0; i < width; ++i) {
       std::vector<double> before;
       for (int k = 0; k <= rule.num_slots; ++k) before.push_back(wanted[k][r * columns(k) + (columns(k) == 1 ? 0 : i)]);
       std::vector<double> after = before;

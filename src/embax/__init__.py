@@ -5,7 +5,6 @@ from embax._format import table_format as table_format
 from embax._matmul import apply_gradients as apply_gradients
 from embax._matmul import lookup as lookup
 from embax._matmul import read_rows as read_rows
-from embax._ops.backend import SlowPathWarning as SlowPathWarning
 from embax._ops.backend import default_backend as default_backend
 from embax._ops.backend import use_backend as use_backend
 from embax._preprocess.all_reduce import AllReduceInterface as AllReduceInterface
@@ -45,6 +44,7 @@ from embax._stacking.whole_tables import unshard_and_unstack_tables as unshard_a
 from embax._variables import EmbeddingVariables as EmbeddingVariables
 from embax._variables import init_embedding_variables as init_embedding_variables
 from embax._version import __version__ as __version__
+from embax._warnings import SlowPathWarning as SlowPathWarning
 from embax.optimizers import AdagradMomentumOptimizerSpec as AdagradMomentumOptimizerSpec
 from embax.optimizers import AdagradMomentumSlotVariables as AdagradMomentumSlotVariables
 from embax.optimizers import AdagradOptimizerSpec as AdagradOptimizerSpec

@@ -1,6 +1,5 @@
 """Checks of arguments whose errors say what was given, what is allowed, and where."""
 
-import math
 import numbers
 import operator
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def positive_int(owner: str, field: str, value: Any, *, maximum: int = INT32_MAX) -> int:
@@ -30,8 +30,10 @@ def boolean(owner: str, field: str, value: Any) -> bool:
 
 
 def is_finite_number(value: Any) -> bool:
-    """Whether `value` is an int or a float, and neither infinite nor NaN."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is an int or a float that float32 holds, neither infinite nor NaN."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    return abs(value) <= FLOAT32_MAX
 
 
 def next_multiple(value: int, multiple: int) -> int:

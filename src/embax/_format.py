@@ -32,6 +32,6 @@ def table_format(sharding: jax.sharding.Sharding, optimizer: OptimizerSpec) -> F
     platforms = {device.platform for device in sharding.device_set}
     on_sparsecores = platforms == {"tpu"} and backend_on("tpu", chosen_backend()) == "sparsecore"
     # Of all that decides, only the operations of the rule could depend on the number of columns.
-    if on_sparsecores and why_not(optimizer, optimizer.rule_columns) is None:
+    if on_sparsecores and why_not(optimizer, optimizer.rule_widths[0]) is None:
         return Format(SPARSECORE_LAYOUT, sharding)
     return sharding

@@ -18,7 +18,7 @@ from embax._preprocess.arrays import beyond_int64, find, to_numpy
 from embax._preprocess.buffers import PreprocessedInput
 from embax._specs import FeatureSpec
 from embax._stacking.layout import physical_rows
-from embax._stacking.plan import FeaturePlan, Plan, StackPlan, make_plan
+from embax._stacking.plan import FeaturePlan, Plan, make_plan
 from embax._types import PyTreeDef
 from embax._variables import EmbeddingVariables
 
@@ -39,11 +39,6 @@ def _flatten_like(tree: Any, structure: PyTreeDef, what: str) -> list[jax.Array]
             f"The {what} have the structure {given}, the feature specs {structure}; they must be the same."
         )
     return leaves
-
-
-def _slot_names(stack: StackPlan) -> Sequence[str]:
-    slots = stack.optimizer.slot_variables_initializers()
-    return getattr(slots, "_fields", [str(number) for number in range(len(slots))])
 
 
 def checked_limits(limits: Mapping[str, Any] | None, plan: Plan) -> tuple[RowLimits, ...]:
@@ -97,7 +92,7 @@ def check_variables(variables: Mapping[str, Any], plan: Plan) -> None:
         for number, (array, wanted) in enumerate(zip(arrays, shapes, strict=True)):
             shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", type(array).__name__)
             if shape != wanted or dtype != jnp.float32:
-                what = f"slot {_slot_names(stack)[number - 1]!r}" if number else "table"
+                what = f"slot {stack.optimizer.slot_names[number - 1]!r}" if number else "table"
                 raise ValueError(
                     f"Stack {stack.name!r} has as {what} an array {dtype}{list(shape)}; {type(stack.optimizer).__name__} needs "
                     f"float32{list(wanted)}. Make it with embax.init_embedding_variables from these specs."

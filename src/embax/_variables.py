@@ -230,5 +230,5 @@ def init_embedding_variables(rng: jax.Array, specs: Any) -> dict[str, EmbeddingV
                 zip([initializers, *(dict.fromkeys(initializers, s) for s in slots)], stack.state_shapes, strict=True)
             )
         ]
-        variables[stack.name] = EmbeddingVariables(values[0], type(slots)(*values[1:]))
+        variables[stack.name] = EmbeddingVariables(values[0], stack.optimizer.make_slots(values[1:]))
     return variables

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator
 
 import jax
@@ -72,17 +71,3 @@ def default_backend(device: Device | None = None) -> str:
     """
     one = jax.devices()[0] if device is None else device
     return backend_on(one.platform, chosen_backend())
-
-
-class SlowPathWarning(UserWarning):
-    """Something runs correctly, but by a slower way than there could be."""
-
-
-_told: set[str] = set()
-
-
-def warn_slow_path(message: str) -> None:
-    """Warns, once for each message."""
-    if message not in _told:
-        _told.add(message)
-        warnings.warn(message, SlowPathWarning, stacklevel=2)

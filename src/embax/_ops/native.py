@@ -13,8 +13,9 @@ from embax._ops.geometry import Geometry, optimizer_of
 from embax._ops.row_update import RowLimits
 from embax.optimizers import OptimizerSpec
 
-ROW_RULES: dict[str, tuple[int, int, int]] = _native.row_rules()
-"""Number of the rule, of its slots and of its hyperparameters, by `OptimizerSpec.native_rule`."""
+ROW_RULES: dict[str, tuple[int, list[bool], int]] = _native.row_rules()
+"""Number of the rule, for each slot whether it has one value a row, and the number of its hyperparameters, by
+`OptimizerSpec.native_rule`."""
 
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -37,8 +38,9 @@ def register() -> None:
 
 
 def has_rule(optimizer: OptimizerSpec) -> bool:
-    """Whether the optimizer's row rule is written in C++."""
-    return optimizer.native_rule in ROW_RULES
+    """Whether the optimizer's row rule is written in C++, for these slots."""
+    rule = ROW_RULES.get(optimizer.native_rule)
+    return rule is not None and rule[1] == list(optimizer.row_wise_slots())
 
 
 def _quantization(geometry: Geometry) -> np.ndarray:
@@ -122,6 +124,14 @@ def update(
     """
     register()
     optimizers = [optimizer_of(stack) for stack in geometry.stacks]
+    for optimizer, given in zip(optimizers, num_hyperparameters, strict=True):
+        wanted = ROW_RULES[optimizer.native_rule][2]
+        if given != wanted + optimizer.decays_weights:
+            raise ValueError(
+                f"{type(optimizer).__name__}: get_hyperparameters returned {given - optimizer.decays_weights} numbers; the "
+                f"native rule {optimizer.native_rule!r} takes {wanted}. State a row rule of your own, update_rows, and no "
+                "native_rule."
+            )
     num_states = sum(1 + optimizer.slot_variables_count() for optimizer in optimizers)
     states = operands[len(optimizers) :][:num_states]
     first_state = len(packed) + 1 + len(optimizers)

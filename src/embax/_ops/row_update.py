@@ -54,12 +54,12 @@ def _clip_gradient(optimizer: OptimizerSpec, gradient: Rows) -> Rows:
     if optimizer.clip_gradient_value is not None:
         gradient = jnp.clip(gradient, -np.float32(optimizer.clip_gradient_value), optimizer.clip_gradient_value)
     if optimizer.clip_gradient_norm is not None:
-        # Squares of what is divided by the largest element neither overflow nor vanish.
+        # A power of two that keeps the squares from overflow, and those that matter from vanishing.
         largest = jnp.max(jnp.abs(gradient), axis=1, keepdims=True)
-        unit = gradient / jnp.where(largest == 0, 1.0, largest)
-        root = jnp.sqrt(jnp.sum(unit * unit, axis=1, keepdims=True))
-        limit = np.float32(optimizer.clip_gradient_norm)
-        gradient = jnp.where(largest * root > limit, unit * (limit / root), gradient)
+        factor = jnp.where(largest > 2.0**60, 2.0**-70, jnp.where(largest < 2.0**-60, 2.0**70, 1.0))
+        scaled, limit = gradient * factor, np.float32(optimizer.clip_gradient_norm)
+        norm = jnp.sqrt(jnp.sum(scaled * scaled, axis=1, keepdims=True))
+        gradient = jnp.where(norm > limit * factor, scaled * (limit / norm), gradient)
     return gradient
 
 
@@ -87,5 +87,5 @@ def new_rows(
     if optimizer.decays_weights:
         table = table - hyperparameters[-1] * table
         hyperparameters = hyperparameters[:-1]
-    table, slots = optimizer.update_rows(gradient, table, slots, hyperparameters)
-    return apply_clipping(table, *limits), tuple(slots)
+    table, slots = optimizer.checked_update(gradient, table, slots, hyperparameters)
+    return apply_clipping(table, *limits), slots

@@ -18,12 +18,12 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import func, stablehlo
 from jax.interpreters import mlir
 
-from embax._ops.backend import warn_slow_path
 from embax._ops.geometry import Geometry, StackGeometry
 from embax._ops.row_update import NO_LIMITS, RowLimits, StackUpdate, hyperparameters_of, new_rows
 from embax._preprocess.buffers import PADDING_VALUE
+from embax._warnings import warn_slow_path
 from embax.optimizers import OptimizerSpec
-from embax.optimizers._trace import equations, why_not_elementwise
+from embax.optimizers._trace import equations, why_mixes_columns, why_not_elementwise
 
 MOD_SHARDING = 1
 """The compiler's number for the layout in which row `id` lies on SparseCore `id % num_sparsecores`."""
@@ -132,10 +132,12 @@ def why_not(optimizer: OptimizerSpec, dim: int) -> str | None:
         return "it has a slot of one value a row"
     if optimizer.clip_gradient_norm is not None:
         return "clip_gradient_norm takes the row as a whole"
+    if not optimizer.elementwise:
+        return why_not_elementwise(optimizer)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     num_hyperparameters = len(jax.eval_shape(functools.partial(hyperparameters_of, optimizer), step))
     closed = row_rule(optimizer, NO_LIMITS, dim, optimizer.slot_variables_count(), num_hyperparameters)
-    if reason := why_not_elementwise(closed, dim):
+    if reason := why_mixes_columns(closed, dim):
         return reason
     for equation in equations(closed.jaxpr):
         name = equation.primitive.name

@@ -12,12 +12,13 @@ from jax.interpreters import mlir
 
 from embax._checks import INT32_MAX
 from embax._ops import native, sparsecore
-from embax._ops.backend import backend_on, chosen_backend, warn_slow_path
+from embax._ops.backend import backend_on, chosen_backend
 from embax._ops.geometry import Geometry, optimizer_of, packed_operands
 from embax._ops.refusals import refuse_transformations
 from embax._ops.row_update import NO_LIMITS, RowLimits, StackUpdate, hyperparameters_of, new_rows
 from embax._ops.segments import entries_of, physical_rows, sum_runs
 from embax._preprocess.buffers import PreprocessedInput
+from embax._warnings import warn_slow_path
 
 update_p = Primitive("embax_update")
 update_p.multiple_results = True

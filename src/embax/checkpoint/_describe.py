@@ -8,7 +8,6 @@ from typing import Any
 from embax._specs import TableSpec
 from embax._stacking.plan import feature_leaves
 from embax.checkpoint._errors import CheckpointError
-from embax.optimizers import OptimizerSpec
 
 
 def _as_json(value: Any) -> Any:
@@ -19,11 +18,6 @@ def _as_json(value: Any) -> Any:
     return {"function" if callable(value) else "object": name}
 
 
-def slot_names(optimizer: OptimizerSpec) -> tuple[str, ...]:
-    """Names of the optimizer's slots, in order."""
-    return tuple(type(optimizer.slot_variables_initializers())._fields)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def row_wise_names(optimizer: Mapping[str, Any]) -> list[str]:
     """Names of the slots of one value a row, from what a checkpoint says about an optimizer; the first ones said nothing."""
     return optimizer.get("row_wise_slots", [])
@@ -32,8 +26,10 @@ def row_wise_names(optimizer: Mapping[str, Any]) -> list[str]:
 def describe_table(table: TableSpec) -> dict[str, Any]:
     """What a checkpoint says about a table."""
     optimizer = table.optimizer
-    fields = {field.name: _as_json(getattr(optimizer, field.name)) for field in dataclasses.fields(optimizer)}
-    names = slot_names(optimizer)
+    fields = {
+        field.name: _as_json(getattr(optimizer, field.name)) for field in dataclasses.fields(optimizer) if field.repr
+    }
+    names = optimizer.slot_names
     row_wise = [name for name, one_value in zip(names, optimizer.row_wise_slots(), strict=True) if one_value]
     quantization = table.quantization_config
     return {

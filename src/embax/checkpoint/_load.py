@@ -9,7 +9,7 @@ import numpy as np
 
 from embax._stacking.plan import Plan, StackPlan, make_plan, table_specs
 from embax._variables import EmbeddingVariables
-from embax.checkpoint._describe import check_tables, describe_table, row_wise_names, slot_names
+from embax.checkpoint._describe import check_tables, describe_table, row_wise_names
 from embax.checkpoint._errors import CheckpointError
 from embax.checkpoint._extra import NamedLeaf, check_leaves, decode, named_leaves
 from embax.checkpoint._format import EXTRA_DIRECTORY, Stored, check_array, check_files, read_metadata
@@ -32,7 +32,7 @@ def read_table(stored: Stored, name: str, label: str) -> np.ndarray:
 def read_stack(stored: Stored, plan: Plan, stack: StackPlan, stored_names: Mapping[str, str]) -> EmbeddingVariables:
     """The variables of a stack, on the default device."""
     arrays = []
-    labels = ("table", *(f"slot.{name}" for name in slot_names(stack.optimizer)))
+    labels = ("table", *(f"slot.{name}" for name in stack.optimizer.slot_names))
     for label, shape in zip(labels, stack.state_shapes, strict=True):
         stacked = empty_stack(shape)
         for table in stack.tables:
@@ -40,8 +40,7 @@ def read_stack(stored: Stored, plan: Plan, stack: StackPlan, stored_names: Mappi
             stacked = put_logical(stacked, values, table, plan.num_sparsecores)
             del values
         arrays.append(stacked)
-    slots = type(stack.optimizer.slot_variables_initializers())
-    return EmbeddingVariables(arrays[0], slots(*arrays[1:]))
+    return EmbeddingVariables(arrays[0], stack.optimizer.make_slots(arrays[1:]))
 
 
 def read_leaves(stored: Stored, descriptions: Sequence[dict[str, Any]], template: Sequence[NamedLeaf]) -> list[Any]:

@@ -10,7 +10,7 @@ import jax
 from embax._matmul import check_variables
 from embax._stacking.plan import make_plan, table_specs
 from embax._variables import EmbeddingVariables
-from embax.checkpoint._describe import describe_features, describe_table, slot_names
+from embax.checkpoint._describe import describe_features, describe_table
 from embax.checkpoint._directory import atomic_directory
 from embax.checkpoint._errors import CheckpointError
 from embax.checkpoint._extra import NamedLeaf, encode, named_leaves
@@ -59,7 +59,7 @@ def _write_tables(directory: Path, group: TableGroup) -> dict[str, Any]:
     plan, specs = make_plan(group.specs), table_specs(group.specs)
     described = {}
     for stack in plan.stacks:
-        labels = ("table", *(f"slot.{name}" for name in slot_names(stack.optimizer)))
+        labels = ("table", *(f"slot.{name}" for name in stack.optimizer.slot_names))
         for table in stack.tables:
             name, arrays = group.stored_names[table.name], {}
             for label, stacked in zip(labels, jax.tree.leaves(group.variables[stack.name]), strict=True):

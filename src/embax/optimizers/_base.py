@@ -13,13 +13,14 @@ from jax.core import Tracer
 
 from embax._checks import is_finite_number
 from embax._types import Rows, RowSlots, Scalars
-from embax.optimizers._trace import is_elementwise
+from embax.optimizers._trace import why_not_elementwise
 
 LearningRate: TypeAlias = float | Callable[..., Any]
 Initializer: TypeAlias = Callable[..., jax.Array]
 
 PASS_STEP = "Pass step= to the layer's call, or to apply_gradients."
 WEIGHT_DECAY_MODES = ("decoupled", "l2")
+_PARTS_OF_A_RULE = ("update_rows", "get_hyperparameters", "row_wise_slots", "slot_variables_initializers")
 
 
 def _positional_arguments(function: Callable[..., Any]) -> int:
@@ -75,17 +76,17 @@ class OptimizerSpec:
     clip_gradient_norm: float | None = dataclasses.field(default=None, kw_only=True)
 
     native_rule: ClassVar[str] = ""
-    """Name of the C++ row rule in `csrc/kernels/optimizers.h`, "" where there is none; inherited with `update_rows` alone."""
+    """Name of the C++ row rule in `csrc/kernels/optimizers.h`, "" where there is none; inherited if all of the rule is."""
     Slots: ClassVar[Callable[..., Sequence[jax.Array]]]
     """NamedTuple of the slot variables."""
 
-    rule_columns: ClassVar[int] = 8
-    """Columns of a row that the rule can be traced with, to look at it."""
+    rule_widths: ClassVar[tuple[int, ...]] = (61, 67)
+    """Columns of the rows that the rule is traced for, to look at it; numbers that no rule is likely to name."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "update_rows" in vars(cls) and "native_rule" not in vars(cls):
-            cls.native_rule = ""  # A row rule of its own is not the one that its base has in C++.
+        if "native_rule" not in vars(cls) and not vars(cls).keys().isdisjoint(_PARTS_OF_A_RULE):
+            cls.native_rule = ""  # A rule of its own is not the one that its base has in C++.
 
     def __post_init__(self) -> None:
         if callable(self.learning_rate):
@@ -111,7 +112,7 @@ class OptimizerSpec:
             )
         for field in ("clip_gradient_value", "clip_gradient_norm"):
             if getattr(self, field) is not None:
-                self._check_number(field, lambda limit: float(np.float32(limit)) > 0, "above 0, or None")
+                self._check_number(field, lambda limit: limit > 0, "above 0, or None")
 
     @property
     def elementwise(self) -> bool:
@@ -119,7 +120,18 @@ class OptimizerSpec:
 
         If not, tables of different widths are not stacked, since a rule must not see columns that only stacking has added.
         """
-        return not any(self.row_wise_slots()) and (bool(self.native_rule) or is_elementwise(self))
+        return not any(self.row_wise_slots()) and (bool(self.native_rule) or why_not_elementwise(self) is None)
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        """The names of the slots, in order."""
+        slots = self.slot_variables_initializers()
+        return tuple(getattr(slots, "_fields", [f"slot_{number}" for number in range(len(slots))]))
+
+    def make_slots(self, values: Sequence[Any]) -> Any:
+        """`values`, one a slot, as the type that the initializers of the slots have."""
+        initializers: Any = self.slot_variables_initializers()
+        return type(initializers)(*values) if hasattr(initializers, "_fields") else tuple(values)
 
     @property
     def decays_weights(self) -> bool:
@@ -182,21 +194,23 @@ class OptimizerSpec:
             raise ValueError(
                 f"{type(self).__name__}: the formula needs the number of the step, and no step was given. {PASS_STEP}"
             )
-        if not isinstance(step, Tracer) and (np.ndim(step) != 0 or np.asarray(step) < 0):
-            raise ValueError(f"{type(self).__name__}: the step is {step!r}; it must be a scalar that counts from 0.")
+        known = step if isinstance(step, Tracer) else np.asarray(step)
+        integer = jnp.issubdtype(known.dtype, jnp.integer) and known.ndim == 0
+        if not integer or (known is not step and known < 0):
+            raise ValueError(
+                f"{type(self).__name__}: the step is {step!r}; it must be an integer scalar that counts from 0."
+            )
         return jnp.asarray(step, jnp.float32)
 
     def _check_number(self, field: str, valid: Callable[[Any], bool], limits: str) -> None:
         """A ValueError that states the `limits`, unless the field is a finite number that is `valid`."""
         value = getattr(self, field)
-        if not (is_finite_number(value) and valid(value)):
+        if not (is_finite_number(value) and valid(float(np.float32(value)))):
             raise ValueError(f"{type(self).__name__}: {field} is {value!r}; it must be a number {limits}.")
 
     def _check_decay(self, field: str) -> None:
         """A ValueError unless the field is in [0, 1). What float32 rounds to 1 would never decay."""
-        self._check_number(
-            field, lambda decay: decay >= 0 and float(np.float32(decay)) < 1, "from 0 to less than 1 (in float32)"
-        )
+        self._check_number(field, lambda decay: 0 <= decay < 1, "from 0 to less than 1 (in float32)")
 
     def _check_bool(self, field: str) -> None:
         """A ValueError unless the field is a bool."""
@@ -235,3 +249,37 @@ class OptimizerSpec:
             The new `table` and `slots`, of the same shapes.
         """
         raise ValueError(f"{type(self).__name__} does not state its row rule.")
+
+    def checked_update(
+        self, gradient: Rows, table: Rows, slots: RowSlots, hyperparameters: Scalars
+    ) -> tuple[Rows, RowSlots]:
+        """What `update_rows` returns, checked.
+
+        Raises:
+            ValueError: it is not a new table and new slots of the shapes and dtypes of the old ones.
+        """
+        result: Any = self.update_rows(gradient, table, slots, hyperparameters)
+        if not isinstance(result, Sequence) or len(result) != 2 or not isinstance(result[1], Sequence):
+            raise ValueError(
+                f"{type(self).__name__}: update_rows returned {type(result).__name__}; it must return the new table, and a "
+                "tuple of the new slots."
+            )
+        new = (result[0], *result[1])
+        self.check_new(new, (table, *slots))
+        return new[0], new[1:]
+
+    def check_new(self, new: Sequence[Any], old: Sequence[Any]) -> None:
+        """Raises a ValueError unless the arrays that a rule returned, a table's and its slots', are like the old ones."""
+        names = ("table", *self.slot_names)
+        if len(new) != len(names):
+            raise ValueError(
+                f"{type(self).__name__}: the row rule returned {len(new)} arrays; it must return {len(names)}, the new "
+                f"{', '.join(names)}, in this order."
+            )
+        for name, after, before in zip(names, new, old, strict=True):
+            given, wanted = (f"{getattr(a, 'dtype', type(a).__name__)}{list(np.shape(a))}" for a in (after, before))
+            if given != wanted:
+                raise ValueError(
+                    f"{type(self).__name__}: the row rule returned as new {name} {given}; it must be {wanted}, as the "
+                    "argument is."
+                )

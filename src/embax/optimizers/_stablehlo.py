@@ -1,7 +1,11 @@
-"""Row rules as StableHLO text: read into JAX operations, so that every backend runs them, over all rows at once."""
+"""Row rules as StableHLO text: read into JAX operations, so that every backend runs them, over all rows at once.
+
+Text with an operation that is not read here is compiled as it is, and runs over one row after another.
+"""
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,8 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
 from jax.extend.mlir import ir
-from jax.interpreters import mlir
+from jax.extend.mlir.dialects import func, stablehlo
+from jax.interpreters import batching, mlir
+
+from embax._warnings import warn_slow_path
 
 _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "stablehlo.abs": lax.abs,
@@ -48,9 +56,33 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "stablehlo.tan": lax.tan,
     "stablehlo.tanh": lax.tanh,
     "stablehlo.xor": lax.bitwise_xor,
+    "stablehlo.shift_left": lax.shift_left,
+    "stablehlo.shift_right_arithmetic": lax.shift_right_arithmetic,
+    "stablehlo.shift_right_logical": lax.shift_right_logical,
+    "chlo.acos": lax.acos,
+    "chlo.acosh": lax.acosh,
+    "chlo.asin": lax.asin,
+    "chlo.asinh": lax.asinh,
+    "chlo.atan": lax.atan,
+    "chlo.atanh": lax.atanh,
+    "chlo.cosh": lax.cosh,
+    "chlo.digamma": lax.digamma,
     "chlo.erf": lax.erf,
+    "chlo.erf_inv": lax.erf_inv,
+    "chlo.erfc": lax.erfc,
+    "chlo.lgamma": lax.lgamma,
+    "chlo.sinh": lax.sinh,
     "chlo.square": lax.square,
+    "chlo.tan": lax.tan,
 }
+# fmt: off
+_OTHERS = {"func.call", "func.return", "func.func"} | {f"stablehlo.{name}" for name in (
+    "bitcast_convert", "broadcast_in_dim", "case", "compare", "concatenate", "constant", "convert", "dot_general",
+    "dynamic_slice", "dynamic_update_slice", "if", "iota", "optimization_barrier", "pad", "reduce", "reshape", "return",
+    "reverse", "slice", "transpose", "while",
+)}
+# fmt: on
+"""What `_Evaluator.results` reads beside the operations above."""
 _COMPARISONS = {"EQ": lax.eq, "NE": lax.ne, "LT": lax.lt, "LE": lax.le, "GT": lax.gt, "GE": lax.ge}
 
 
@@ -75,14 +107,6 @@ def _aligned(arrays: Sequence[Any]) -> list[Any]:
     return [array if array.shape == shape else jnp.broadcast_to(array, shape) for array in arrays]
 
 
-def _constant(operation: Any) -> Any:
-    attribute, result = operation.attributes["value"], operation.results[0]
-    if attribute.is_splat:
-        element = attribute.get_splat_value().value
-        return jnp.full(_shape(result), element, _dtype(result))
-    return jnp.asarray(np.array(attribute), _dtype(result)).reshape(_shape(result))
-
-
 @contextlib.contextmanager
 def _opened(text: str) -> Iterator[dict[str, Any]]:
     """The functions of a module by name; they live as long as the `with` block."""
@@ -92,10 +116,18 @@ def _opened(text: str) -> Iterator[dict[str, Any]]:
 
 
 class _Evaluator:
-    """Evaluates blocks of operations on JAX arrays; `functions` are those of the module, by name."""
+    """Evaluates blocks of operations on JAX arrays.
 
-    def __init__(self, functions: dict[str, Any]) -> None:
-        self.functions = functions
+    `functions` are those of the module, by name. Values of the shape `row` are made `wanted`.
+    """
+
+    def __init__(self, functions: dict[str, Any], row: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        self.functions, self.row, self.wanted = functions, row, wanted
+
+    def shape(self, value: Any) -> tuple[int, ...]:
+        """The shape of a value: that of a row is the wanted one."""
+        shape = _shape(value)
+        return self.wanted if shape == self.row else shape
 
     def call(self, name: str, arguments: Sequence[Any]) -> list[Any]:
         """The results of a function of the module."""
@@ -120,15 +152,18 @@ class _Evaluator:
             return [_ELEMENTWISE[name](*_aligned(operands))]
         match name:
             case "stablehlo.constant":
-                return [_constant(operation)]
+                attribute, result = attributes["value"], operation.results[0]
+                if attribute.is_splat:
+                    return [jnp.full(self.shape(result), attribute.get_splat_value().value, _dtype(result))]
+                return [jnp.asarray(np.array(attribute), _dtype(result)).reshape(_shape(result))]
             case "stablehlo.compare":
-                direction = str(attributes["comparison_direction"]).rstrip(">").split()[-1]
-                return [_COMPARISONS[direction](*_aligned(operands))]
+                compare: Any = _COMPARISONS[str(attributes["comparison_direction"]).rstrip(">").split()[-1]]
+                return [compare(*_aligned(operands))]
             case "stablehlo.convert":
                 return [operands[0].astype(_dtype(operation.results[0]))]
             case "stablehlo.broadcast_in_dim" | "stablehlo.reshape":
-                shape = _shape(operation.results[0])
-                if operands[0].shape != _shape(operation.operands[0]):
+                shape = self.shape(operation.results[0])
+                if operands[0].shape != self.shape(operation.operands[0]):
                     return operands  # A learning rate that is as wide as the row already.
                 if name == "stablehlo.reshape":
                     return [operands[0].reshape(shape)]
@@ -150,6 +185,27 @@ class _Evaluator:
                 result = operation.results[0]
                 dimension = int(attributes["iota_dimension"])
                 return [lax.broadcasted_iota(_dtype(result), _shape(result), dimension)]
+            case "stablehlo.bitcast_convert":
+                return [lax.bitcast_convert_type(operands[0], _dtype(operation.results[0]))]
+            case "stablehlo.optimization_barrier":
+                return operands
+            case "stablehlo.pad":
+                keys = ("edge_padding_low", "edge_padding_high", "interior_padding")
+                widths = zip(*(_integers(attributes, key) for key in keys), strict=True)
+                return [lax.pad(*operands, tuple(widths))]
+            case "stablehlo.dynamic_slice":
+                dynamic_slice: Any = lax.dynamic_slice
+                return [dynamic_slice(operands[0], operands[1:], _integers(attributes, "slice_sizes"))]
+            case "stablehlo.dynamic_update_slice":
+                return [lax.dynamic_update_slice(operands[0], operands[1], operands[2:])]
+            case "stablehlo.reverse":
+                return [lax.rev(operands[0], _integers(attributes, "dimensions"))]
+            case "stablehlo.dot_general":
+                numbers: Any = stablehlo.DotDimensionNumbers(attributes["dot_dimension_numbers"])
+                contracting = (numbers.lhs_contracting_dimensions, numbers.rhs_contracting_dimensions)
+                batch = (numbers.lhs_batching_dimensions, numbers.rhs_batching_dimensions)
+                dtype = _dtype(operation.results[0])
+                return [lax.dot_general(*operands, (contracting, batch), preferred_element_type=dtype)]
             case "stablehlo.transpose":
                 return [lax.transpose(operands[0], _integers(attributes, "permutation"))]
             case "stablehlo.slice":
@@ -169,10 +225,45 @@ class _Evaluator:
                     lambda carry: self.block(regions[1], carry, values),
                     operands,
                 )
-        raise ValueError(
-            f"CustomOptimizerSpec: the StableHLO text has the operation {name}, which embax does not read. Write the row rule as "
-            "a function of JAX operations, custom_computation_fn."
-        )
+        raise ValueError(f"CustomOptimizerSpec: the StableHLO text has the operation {name}, which is not read.")
+
+
+# What is not read: `main` of a text on one row, and on many one after another.
+_main_p = Primitive("embax_stablehlo_main")
+_main_p.multiple_results = True
+
+
+@_main_p.def_abstract_eval
+def _main_shapes(*arguments: Any, text: str, results: tuple[tuple[int, ...], ...]) -> Any:
+    del text
+    one: Any = arguments[0]
+    return [one.update(shape=shape) for shape in results]
+
+
+@_main_p.def_impl
+def _run_main(*arguments: Any, **params: Any) -> Any:
+    return jax.jit(functools.partial(_main_p.bind, **params))(*arguments)
+
+
+def _lower_main(context: Any, *arguments: Any, text: str, results: tuple[tuple[int, ...], ...]) -> Any:
+    module = context.module_context.module
+    name = mlir.merge_mlir_modules(module, "embax_row_rule", ir.Module.parse(text))
+    types: list[ir.Type] = [ir.RankedTensorType.get(list(shape), ir.F32Type.get()) for shape in results]
+    return func.CallOp(types, ir.FlatSymbolRefAttr.get(name), list(arguments)).results
+
+
+def _main_of_rows(arguments: Any, axes: Any, **params: Any) -> Any:
+    size = next(a.shape[axis] for a, axis in zip(arguments, axes, strict=True) if axis is not None)
+    rows = [
+        jnp.broadcast_to(a, (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
+        for a, axis in zip(arguments, axes, strict=True)
+    ]
+    results = lax.map(lambda row: tuple(_main_p.bind(*row, **params)), tuple(rows))
+    return results, (0,) * len(results)
+
+
+mlir.register_lowering(_main_p, _lower_main)
+batching.primitive_batchers[_main_p] = _main_of_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +273,13 @@ class Program:
     text: str
     shapes: tuple[tuple[int, ...], ...]
     """Of the arguments of `main`."""
+    results: tuple[tuple[int, ...], ...]
+    """Of what it returns."""
+    unread: str | None
+    """The name of an operation that is not read, if there is one."""
 
     @classmethod
+    @functools.lru_cache(maxsize=256)
     def parse(cls, stablehlo: str | bytes) -> "Program":
         """The program of a text, or of its bytes.
 
@@ -193,8 +289,17 @@ class Program:
         try:
             text = stablehlo.decode() if isinstance(stablehlo, bytes) else stablehlo
             with _opened(text) as functions:
-                shapes = tuple(_shape(argument) for argument in functions["main"].regions[0].blocks[0].arguments)
-        except (ir.MLIRError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
+                block = functions["main"].regions[0].blocks[0]
+                shapes = tuple(_shape(argument) for argument in block.arguments)
+                *_, last = block.operations
+                results = tuple(_shape(result) for result in last.operation.operands)
+                unread = min((name for function in functions.values() for name in _unread(function)), default=None)
+                for value in (*block.arguments, *last.operation.operands):
+                    if str(ir.RankedTensorType(value.type).element_type) != "f32" or min(_shape(value), default=1) < 1:
+                        raise ValueError(
+                            f"main takes or returns a {value.type}, and must do float32 of fixed shapes alone"
+                        )
+        except (ir.MLIRError, UnicodeDecodeError, TypeError, KeyError, IndexError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"CustomOptimizerSpec: stablehlo cannot be read ({reason}); it must be StableHLO text with a function main, as "
@@ -205,29 +310,32 @@ class Program:
                 f"CustomOptimizerSpec: the arguments of the StableHLO text have the shapes {list(shapes)}; the first, the "
                 "gradient, must be of one row, [1, dim]."
             )
-        return cls(text, shapes)
+        return cls(text, shapes, results, unread)
 
     @property
     def dim(self) -> int:
         """The columns of the rows that it is for."""
         return self.shapes[0][1]
 
-    def __call__(self, *arguments: jax.Array) -> list[jax.Array]:
+    def __call__(self, *arguments: jax.Array, any_width: bool = False) -> Sequence[jax.Array]:
         """What `main` returns.
 
         Args:
             *arguments: arrays [1, dim], or scalars; either stands for arguments of one element too.
+            any_width: whether rows may have another number of columns, since `main` is elementwise.
 
         Raises:
-            ValueError: the number of arguments or their shapes are others than those of `main`, or an operation is unknown.
+            ValueError: the number of arguments or their shapes are others than those of `main`.
         """
         if len(arguments) != len(self.shapes):
             raise ValueError(
                 f"CustomOptimizerSpec: the StableHLO text takes {len(self.shapes)} arguments; the optimizer has "
-                f"{len(arguments)}: gradient, table, slots and the learning rate."
+                f"{len(arguments)}: gradient, table, slots and the learning rate. jax.jit drops what a function does not use: "
+                "give it keep_unused=True, or use CustomOptimizerSpec.lower_to_stablehlo."
             )
-        row, given = (1, self.dim), []
+        row, given = (1, arguments[0].shape[-1] if any_width else self.dim), []
         for argument, shape in zip(arguments, self.shapes, strict=True):
+            shape = row if shape == (1, self.dim) else shape
             if argument.ndim == 0:
                 argument = jnp.broadcast_to(argument, shape)
             elif argument.shape not in (shape, row) or (argument.shape == row and shape not in (row, (), (1,), (1, 1))):
@@ -236,5 +344,37 @@ class Program:
                     f"stack, or a slot of it, has {list(argument.shape)}. Make the text for that many columns."
                 )
             given.append(argument)
+        if self.unread is not None:
+            warn_slow_path(
+                f"The StableHLO text of a row rule has the operation {self.unread}, which embax does not read: it runs over "
+                "one row after another. A function of JAX operations, custom_computation_fn, runs over all at once."
+            )
+            return _main_p.bind(
+                *(jnp.broadcast_to(a, shape) for a, shape in zip(given, self.shapes, strict=True)),
+                text=self.text,
+                results=self.results,
+            )
         with _opened(self.text) as functions:
-            return _Evaluator(functions).call("main", given)
+            return _Evaluator(functions, (1, self.dim), row).call("main", given)
+
+
+def _unread(operation: Any) -> Iterator[str]:
+    """What in an operation and in all of its regions `_Evaluator` does not read."""
+    if operation.name not in _OTHERS and operation.name not in _ELEMENTWISE:
+        yield operation.name
+    for value in operation.results if operation.name != "func.func" else ():
+        try:
+            dtype = _dtype(value)
+        except (KeyError, TypeError, ValueError):
+            yield f"{operation.name} of {value.type}"
+            continue
+        if (
+            operation.name == "stablehlo.constant"
+            and dtype == jnp.bfloat16
+            and not operation.attributes["value"].is_splat
+        ):
+            yield f"{operation.name} of {value.type}"
+    for region in operation.regions:
+        for block in region.blocks:
+            for inner in block.operations:
+                yield from _unread(inner.operation)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 if TYPE_CHECKING:
     from embax.optimizers._base import OptimizerSpec
@@ -26,16 +26,17 @@ _ELEMENTWISE = frozenset({
 _CALLS = frozenset({"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"})
 
 
-def trace_rule(optimizer: "OptimizerSpec") -> ClosedJaxpr:
-    """The jaxpr of `optimizer.update_rows` for one row.
+def trace_rule(optimizer: "OptimizerSpec", dim: int) -> ClosedJaxpr:
+    """The jaxpr of the row rule for one row of `dim` columns.
 
     Raises:
         ValueError: the rule returns something else than the new row and the new slots.
+        Exception: whatever the rule, or a schedule at step 0, raises.
     """
-    row, value = (jax.ShapeDtypeStruct((1, dim), jnp.float32) for dim in (optimizer.rule_columns, 1))
+    row, value = (jax.ShapeDtypeStruct((1, columns), jnp.float32) for columns in (dim, 1))
     slots = tuple(value if one_value else row for one_value in optimizer.row_wise_slots())
-    scalars = jax.eval_shape(lambda step: tuple(optimizer.get_hyperparameters(step)), jnp.int32(0))
-    return jax.make_jaxpr(optimizer.update_rows)(row, row, slots, scalars)
+    scalars = jax.eval_shape(lambda: tuple(optimizer.get_hyperparameters(np.int32(0))))  # pyright: ignore[reportArgumentType]
+    return jax.make_jaxpr(optimizer.checked_update)(row, row, slots, scalars)
 
 
 def _called(equation: Any) -> list[ClosedJaxpr]:
@@ -61,7 +62,7 @@ def _constants(closed: ClosedJaxpr) -> Iterator[Any]:
             yield from _constants(called)
 
 
-def why_not_elementwise(closed: ClosedJaxpr, dim: int) -> str | None:
+def why_mixes_columns(closed: ClosedJaxpr, dim: int) -> str | None:
     """What in the trace of a rule for rows of `dim` columns mixes columns, or tells one from another; None if nothing does."""
     for equation in equations(closed.jaxpr):
         name = equation.primitive.name
@@ -69,12 +70,26 @@ def why_not_elementwise(closed: ClosedJaxpr, dim: int) -> str | None:
             return f"its rule uses {name}"
         if any(value.aval.shape not in ((), (1, dim)) for value in (*equation.invars, *equation.outvars)):
             return f"its rule uses {name} on another shape than that of a row"
+        if any(isinstance(value, Literal) and np.ndim(value.val) for value in equation.invars):
+            return "its rule holds an array"
     if any(np.ndim(value) for value in _constants(closed)):
         return "its rule holds an array"
     return None
 
 
 @functools.lru_cache(maxsize=1024)
-def is_elementwise(optimizer: "OptimizerSpec") -> bool:
-    """Whether the rule is made of operations on the elements of one column alone."""
-    return why_not_elementwise(trace_rule(optimizer), optimizer.rule_columns) is None
+def why_not_elementwise(optimizer: "OptimizerSpec") -> str | None:
+    """Why the rule is not made of operations on the elements of one column alone, the same ones whatever the number of columns.
+
+    None if it is.
+    """
+    texts = set()
+    for dim in optimizer.rule_widths:
+        try:
+            closed = trace_rule(optimizer, dim)
+        except Exception as error:  # Whatever a function of a user's raises: with the columns of its table it may run.
+            return f"its rule cannot be traced for {dim} columns ({type(error).__name__})"
+        if reason := why_mixes_columns(closed, dim):
+            return reason
+        texts.add(str(closed.jaxpr).replace(str(dim), "dim"))
+    return None if len(texts) == 1 else "its rule depends on the number of columns"
