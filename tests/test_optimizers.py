@@ -445,11 +445,14 @@ def test_laprop_without_a_step_does_not_correct_its_mean():
 PROGRAM = """
 import zlib, jax, jax.numpy as jnp, numpy as np, embax
 features = {}
-for Optimizer in (embax.AdagradMomentumOptimizerSpec, embax.AdamOptimizerSpec, embax.FTRLOptimizerSpec,
-                  embax.LaPropOptimizerSpec, embax.F2AOptimizerSpec):
-    name = Optimizer.native_rule
+rule = lambda g, w, rate: w - rate * g / jnp.linalg.norm(g)
+for optimizer in (embax.SGDOptimizerSpec(0.1, clip_gradient_norm=1.0), embax.AdagradOptimizerSpec(0.1, weight_decay=0.1),
+                  embax.AdagradMomentumOptimizerSpec(0.1), embax.AdamOptimizerSpec(0.1), embax.FTRLOptimizerSpec(0.1),
+                  embax.LaPropOptimizerSpec(0.1), embax.F2AOptimizerSpec(0.1), embax.RowWiseAdagradOptimizerSpec(0.1),
+                  embax.RowWiseAdamOptimizerSpec(0.1), embax.CustomOptimizerSpec(0.1, rule)):
+    name = optimizer.short_name()
     table = embax.TableSpec(name=name, vocabulary_size=5_000, embedding_dim=24, combiner="mean",
-                            initializer=jax.nn.initializers.normal(1.0), optimizer=Optimizer(0.1))
+                            initializer=jax.nn.initializers.normal(1.0), optimizer=optimizer)
     features[name] = embax.FeatureSpec(name=name, table_spec=table, input_shape=(2048, 4), output_shape=(2048, 24))
 specs = embax.prepare_feature_specs_for_training(features, 1, 4)
 variables = embax.init_embedding_variables(jax.random.key(0), specs)
@@ -462,10 +465,11 @@ print([zlib.crc32(np.asarray(array).tobytes()) for array in jax.tree.leaves(vari
 """
 
 
-def test_the_same_bits_for_any_number_of_threads_and_on_repetition():
+@pytest.mark.parametrize("backend", ["native", "portable"])
+def test_the_same_bits_for_any_number_of_threads_and_on_repetition(backend):
     results = set()
     for threads in ("1", "2", "2"):
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "EMBAX_NUM_THREADS": threads}
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "EMBAX_NUM_THREADS": threads, "EMBAX_BACKEND": backend}
         run = subprocess.run([sys.executable, "-c", PROGRAM], env=env, check=True, capture_output=True, text=True)
         results.add(run.stdout)
     assert len(results) == 1

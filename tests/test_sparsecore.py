@@ -354,3 +354,25 @@ def test_other_optimizers_are_refused_on_several_devices():
 def test_the_format_of_tables_off_tpus_is_their_sharding():
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     assert embax.table_format(sharding, SPECS["adagrad"]) is sharding
+
+
+@pytest.mark.filterwarnings("ignore:.*SparseCores cannot run:embax.SlowPathWarning")
+def test_rules_of_ones_own_run_where_they_can():
+    """Columns that are no multiple of 8 are padded; a rule that such columns would change does not see them."""
+    text = embax.CustomOptimizerSpec.lower_to_stablehlo(lambda g, w, rate: w - rate * g, 12)
+    row = jax.ShapeDtypeStruct((1, 12), jnp.float32)
+    warming = jax.jit(lambda g, w, rate: jax.lax.cond(rate > 0.5, lambda: w - g, lambda: w - rate * g))
+    warming = warming.lower(row, row, jax.ShapeDtypeStruct((), jnp.float32)).as_text()
+    for optimizer, targets in (
+        (embax.CustomOptimizerSpec(0.1, stablehlo=text), WHOLE),
+        (embax.CustomOptimizerSpec(0.1, lambda g, w, rate: w - rate * g), WHOLE),
+        (embax.CustomOptimizerSpec(0.1, stablehlo=warming), ()),
+        (embax.CustomOptimizerSpec(0.1, lambda g, w, rate: w - rate * g / g.shape[1]), ()),
+    ):
+        table = oracle.table_spec("table", VOCABULARY, 12, optimizer=optimizer)
+        specs = {name: oracle.feature_spec(name, table, BATCH, 2) for name in ("a", "b")}
+        specs = embax.prepare_feature_specs_for_training(specs, 1, 4)
+        (stack,) = make_plan(specs).stacks
+        variables = {stack.name: embax.EmbeddingVariables(jax.ShapeDtypeStruct(stack.shape, jnp.float32), ())}
+        module = lowered_for_tpu(a_step(specs), variables, pack(specs))
+        assert tuple(call.target for call in custom_calls(module)) == targets

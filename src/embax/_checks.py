@@ -33,7 +33,8 @@ def is_finite_number(value: Any) -> bool:
     """Whether `value` is an int or a float that float32 holds, neither infinite nor NaN."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
-    return abs(value) <= FLOAT32_MAX
+    size: Any = abs(value)
+    return bool(size <= FLOAT32_MAX)
 
 
 def next_multiple(value: int, multiple: int) -> int:

@@ -35,3 +35,9 @@ def table_format(sharding: jax.sharding.Sharding, optimizer: OptimizerSpec) -> F
     if on_sparsecores and why_not(optimizer, optimizer.rule_widths[0]) is None:
         return Format(SPARSECORE_LAYOUT, sharding)
     return sharding
+
+
+def in_table_format(array: jax.Array, optimizer: OptimizerSpec) -> jax.Array:
+    """A table or slot in the format of `table_format`, moved there if need be."""
+    format = table_format(array.sharding, optimizer)
+    return jax.device_put(array, format) if isinstance(format, Format) and array.ndim == 2 else array

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from embax._format import in_table_format
 from embax._stacking.plan import Plan, StackPlan, make_plan, table_specs
 from embax._variables import EmbeddingVariables
 from embax.checkpoint._describe import check_tables, describe_table, row_wise_names
@@ -39,7 +40,7 @@ def read_stack(stored: Stored, plan: Plan, stack: StackPlan, stored_names: Mappi
             values = read_table(stored, stored_names[table.name], label)
             stacked = put_logical(stacked, values, table, plan.num_sparsecores)
             del values
-        arrays.append(stacked)
+        arrays.append(in_table_format(stacked, stack.optimizer))
     return EmbeddingVariables(arrays[0], stack.optimizer.make_slots(arrays[1:]))
 
 

@@ -191,8 +191,9 @@ class _Evaluator:
                 return operands
             case "stablehlo.pad":
                 keys = ("edge_padding_low", "edge_padding_high", "interior_padding")
-                widths = zip(*(_integers(attributes, key) for key in keys), strict=True)
-                return [lax.pad(*operands, tuple(widths))]
+                operand, padding = operands
+                widths: Any = tuple(zip(*(_integers(attributes, key) for key in keys), strict=True))
+                return [lax.pad(operand, padding, widths)]
             case "stablehlo.dynamic_slice":
                 dynamic_slice: Any = lax.dynamic_slice
                 return [dynamic_slice(operands[0], operands[1:], _integers(attributes, "slice_sizes"))]
@@ -205,7 +206,8 @@ class _Evaluator:
                 contracting = (numbers.lhs_contracting_dimensions, numbers.rhs_contracting_dimensions)
                 batch = (numbers.lhs_batching_dimensions, numbers.rhs_batching_dimensions)
                 dtype = _dtype(operation.results[0])
-                return [lax.dot_general(*operands, (contracting, batch), preferred_element_type=dtype)]
+                left, right = operands
+                return [lax.dot_general(left, right, (contracting, batch), preferred_element_type=dtype)]
             case "stablehlo.transpose":
                 return [lax.transpose(operands[0], _integers(attributes, "permutation"))]
             case "stablehlo.slice":

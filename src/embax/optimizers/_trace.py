@@ -1,6 +1,7 @@
 """What the trace of a row rule says about it."""
 
 import functools
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -91,5 +92,5 @@ def why_not_elementwise(optimizer: "OptimizerSpec") -> str | None:
             return f"its rule cannot be traced for {dim} columns ({type(error).__name__})"
         if reason := why_mixes_columns(closed, dim):
             return reason
-        texts.add(str(closed.jaxpr).replace(str(dim), "dim"))
+        texts.add(re.sub(rf"\b1, ?{dim}\b", "1, dim", str(closed.jaxpr)))  # The shape; other numbers must be the same.
     return None if len(texts) == 1 else "its rule depends on the number of columns"

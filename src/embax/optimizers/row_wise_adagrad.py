@@ -20,7 +20,7 @@ class RowWiseAdagradSlotVariables(NamedTuple):
 class RowWiseAdagradOptimizerSpec(OptimizerSpec):
     """Adagrad with one accumulator a row: `a += mean(g**2); w -= lr * g / (sqrt(a) + eps)`, the mean over the row's elements.
 
-    Its slot takes `1 / embedding_dim` of the memory of Adagrad's, and a step moves half as many bytes. An element whose
+    Its slot takes `1 / embedding_dim` of the memory of Adagrad's. An element whose
     denominator is 0 takes no step.
 
     Args:
