@@ -83,9 +83,8 @@ class CustomOptimizerSpec(OptimizerSpec):
     slot_variable_initializers_tuple: Sequence[Initializer] = ()
     short_name_str: str = "custom"
     slots_of_one_value: Sequence[bool] = dataclasses.field(default=(), kw_only=True)
-    _names: tuple[str, ...] = dataclasses.field(
-        default=(), init=False, repr=False
-    )  # Equal tuples may name slots otherwise.
+    # Tuples of equal initializers are equal, whatever they name the slots.
+    _names: tuple[str, ...] = dataclasses.field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
