@@ -370,6 +370,10 @@ def test_text_that_is_not_read_runs_row_by_row(backend, monkeypatch):
         of_function = embax.CustomOptimizerSpec(of_text.learning_rate, sorting, **slots)
         tables, _ = train({"text": of_text, "function": of_function}, 8, backend)
     assert not of_text.elementwise
+    limited = Program.parse(embax.CustomOptimizerSpec.wrap_stablehlo_with_limits(text, 8, 1, 1, max_value=0.5))
+    row = jnp.arange(8, dtype=jnp.float32)[None]
+    wanted = np.minimum(row - 0.1 * row, 0.5)
+    np.testing.assert_allclose(limited(row[:, ::-1], row, row, jnp.full((1, 8), 0.1))[0], wanted, rtol=1e-6)
     for got, wanted in zip(tables["text"], tables["function"], strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 

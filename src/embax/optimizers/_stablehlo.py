@@ -351,11 +351,12 @@ class Program:
                 f"The StableHLO text of a row rule has the operation {self.unread}, which embax does not read: it runs over "
                 "one row after another. A function of JAX operations, custom_computation_fn, runs over all at once."
             )
-            return _main_p.bind(
-                *(jnp.broadcast_to(a, shape) for a, shape in zip(given, self.shapes, strict=True)),
-                text=self.text,
-                results=self.results,
+            # A learning rate that is as wide as the row is one number all the same.
+            narrow = (
+                a if a.shape == shape else jnp.broadcast_to(a.reshape(-1)[0], shape)
+                for a, shape in zip(given, self.shapes, strict=True)
             )
+            return _main_p.bind(*narrow, text=self.text, results=self.results)
         with _opened(self.text) as functions:
             return _Evaluator(functions, (1, self.dim), row).call("main", given)
 
