@@ -42,6 +42,8 @@ def test_default_backend(monkeypatch):
     with embax.use_backend("portable"):
         assert embax.default_backend() == "portable"
     assert embax.default_backend(FakeDevice()) == "portable"
+    with pytest.raises(ValueError, match="default_backend: the device is 'cpu'; it must be one of jax.devices"):
+        embax.default_backend("cpu")
     monkeypatch.setenv("EMBAX_BACKEND", "portable")
     assert embax.default_backend() == "portable"
     monkeypatch.setenv("EMBAX_BACKEND", "fast")

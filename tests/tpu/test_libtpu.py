@@ -132,6 +132,7 @@ def test_minibatches_and_quantization(mesh):
     optimizers = ADAGRAD, embax.AdamOptimizerSpec(0.1)
     report = compile_step(mesh, 1 << 20, *optimizers, minibatching=True, quantized=True, combiner="mean")
     assert report.aliased == report.state
+    assert on_sparsecores(report)
     assert report.temporary < report.state // 8
 
 

@@ -67,7 +67,9 @@ def default_backend(device: Device | None = None) -> str:
         `EMBAX_BACKEND` chose, or "portable" where the device does not have that.
 
     Raises:
-        ValueError: `EMBAX_BACKEND` is unknown.
+        ValueError: `EMBAX_BACKEND` is unknown, or `device` is no device.
     """
     one = jax.devices()[0] if device is None else device
+    if not hasattr(one, "platform"):
+        raise ValueError(f"default_backend: the device is {device!r}; it must be one of jax.devices(), or None.")
     return backend_on(one.platform, chosen_backend())

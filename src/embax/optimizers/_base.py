@@ -101,8 +101,8 @@ class OptimizerSpec:
                 )
         elif not is_finite_number(self.learning_rate):
             raise ValueError(
-                f"{type(self).__name__}: learning_rate is {self.learning_rate!r}; it must be a number, a function of no "
-                "argument, or a function of the step."
+                f"{type(self).__name__}: learning_rate is {self.learning_rate!r}; it must be a number (float(x) "
+                "makes one of an array), a function of no argument, or a function of the step."
             )
         self._check_number("weight_decay", lambda decay: decay >= 0, "of at least 0")
         if self.weight_decay_mode not in WEIGHT_DECAY_MODES:
