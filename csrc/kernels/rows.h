@@ -5,6 +5,7 @@
 #ifndef EMBAX_KERNELS_ROWS_H_
 #define EMBAX_KERNELS_ROWS_H_
 
+#include <cmath>
 #include <cstdint>
 
 namespace embax {
@@ -48,8 +49,7 @@ struct Cursor {
 // What is done to a row whatever its rule: the gradient is clipped, by value and by Euclidean norm; `l2 * row` is added to it;
 // the row decays to `row - decay * row`; after the rule its elements are clipped to [min, max].
 struct RowOptions {
-  float clip_value, clip_norm, l2, min, max;  // Infinite where there is no limit.
-  float decay = 0;
+  float clip_value = HUGE_VALF, clip_norm = HUGE_VALF, l2 = 0, min = -HUGE_VALF, max = HUGE_VALF, decay = 0;
 };
 
 // For each row of one partition that an entry names: the gradient of the row is the sum over its entries, SparseCore by

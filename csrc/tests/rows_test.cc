@@ -181,11 +181,10 @@ std::vector<double> Formula(const std::string& rule, const std::vector<float>& h
 }
 
 constexpr float kNone = INFINITY;
-constexpr embax::RowOptions kNoOptions = {kNone, kNone, 0, -kNone, kNone, 0};
 
 void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19937& random, int64_t dim,
                 int64_t minibatches, bool damaged, std::vector<float> hyperparameters,
-                const embax::RowOptions& options = kNoOptions) {
+                const embax::RowOptions& options = {}) {
   Batch batch = Sound(random, 3, 3, 40, 7);
   if (damaged) batch = Damaged(random, batch);
   const int64_t size = batch.partitions * batch.rows * dim;
