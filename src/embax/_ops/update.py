@@ -203,22 +203,11 @@ _lower_portable = mlir.lower_fun(functools.partial(_by_stack, _portable_stack), 
 _lower_sparsecore = mlir.lower_fun(functools.partial(_by_stack, _sparsecore_stack), multiple_results=True)
 
 
-def _native(
-    row_pointers,
-    ids,
-    samples,
-    gains,
-    num_minibatches,
-    hyperparameters,
-    *operands,
-    geometry: Geometry,
-    backend: str | None,
-    **params,
-):
+def _native(*operands, geometry: Geometry, backend: str | None, **params):
     del backend
     geometry.check_one_device()
-    arrays = (row_pointers, ids, samples, gains, num_minibatches)
-    return native.update(arrays, hyperparameters, operands, geometry=geometry, **params)
+    packed, hyperparameters, rest = operands[:5], operands[5], operands[6:]
+    return native.update(packed, hyperparameters, rest, geometry=geometry, **params)
 
 
 _lower_native = mlir.lower_fun(_native, multiple_results=True)
