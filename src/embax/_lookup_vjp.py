@@ -110,30 +110,43 @@ def _forward(settings, variables, lookups, packed, step):
     return features, (variables, lookups, packed, step, stacked)
 
 
-def _backward(settings, residuals, gradients):
-    variables, lookups, packed, step, stacked = residuals
+def update_of(
+    settings: LookupSettings,
+    gradients: list[jax.Array],
+    packed: PreprocessedInput,
+    variables: dict[str, Any],
+    step: Any,
+    after: list[jax.Array] | tuple[()] = (),
+) -> dict[str, Any]:
+    """New table and slots of each stack, from the gradients of each feature's activations; `after` as in `update_stacks`."""
     if settings.all_frozen:
-        return variables, jnp.zeros_like(lookups), None, None
+        return variables
     traced_step = step if isinstance(step, jax.Array) else None  # A number stays a constant.
 
-    def update(gradients, packed, variables, traced_step, stacked):
+    def update(gradients, packed, variables, traced_step, after):
         return update_features(
             gradients,
             packed,
             variables,
             settings.plan,
             step if traced_step is None else traced_step,
-            stacked,
+            after,
             settings.limits,
             frozen=settings.frozen,
             skip_nonfinite=settings.skip_nonfinite,
+            axis_name=None if settings.mesh is None else settings.mesh.axis_name,
         )
 
     if settings.mesh is not None:
         spec = settings.mesh.leading
         update = on_devices(settings.mesh, update, (spec, spec, spec, jax.P(), spec), spec)
-    new = update(gradients, packed, variables, traced_step, stacked)
-    return new, jnp.ones_like(lookups), None, None
+    return update(gradients, packed, variables, traced_step, after)
+
+
+def _backward(settings, residuals, gradients):
+    variables, lookups, packed, step, stacked = residuals
+    new = update_of(settings, gradients, packed, variables, step, stacked)
+    return new, jnp.full_like(lookups, 0.0 if settings.all_frozen else 1.0), None, None
 
 
 lookup_and_update.defvjp(_forward, _backward)

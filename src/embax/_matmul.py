@@ -33,7 +33,8 @@ def feature_structure(specs: Any) -> PyTreeDef:
     return jax.tree.structure(specs, is_leaf=_is_feature)
 
 
-def _flatten_like(tree: Any, structure: PyTreeDef, what: str) -> list[jax.Array]:
+def flatten_like(tree: Any, structure: PyTreeDef, what: str) -> list[jax.Array]:
+    """The leaves of a tree that must have a structure; `what` it holds is for the error."""
     leaves, given = jax.tree.flatten(tree)
     if given != structure:
         raise ValueError(
@@ -278,13 +279,13 @@ def apply_gradients(
     plan, structure = make_plan(specs), feature_structure(specs)
     after = []
     if activations is not None:
-        by_leaf = _flatten_like(activations, structure, "activations")
+        by_leaf = flatten_like(activations, structure, "activations")
         make_geometry(plan, packed)  # Checks the batch, whose sizes come next.
         for stack, placed in zip(plan.stacks, packed.layout.stacks, strict=True):
             for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
                 check_activations("activation", feature, batch, by_leaf[feature.leaf])
             after.append(by_leaf[stack.features[0].leaf])
-    leaves = _flatten_like(gradients, structure, "gradients")
+    leaves = flatten_like(gradients, structure, "gradients")
     return update_features(
         leaves,
         packed,
