@@ -16,14 +16,18 @@ from embax._ops.update import update_stacks
 from embax._preprocess.buffers import PreprocessedInput
 
 
-def _by_holder(geometry: Geometry, tables: Sequence[jax.Array], on_sparsecores: Callable, exchanging: Callable) -> list[Any]:
+def _by_holder(
+    geometry: Geometry, tables: Sequence[jax.Array], on_sparsecores: Callable, exchanging: Callable
+) -> list[Any]:
     """Results of all stacks: `on_sparsecores` of those that SparseCores of a TPU hold, where it is one; else `exchanging`.
 
     SparseCores look rows up across devices by themselves. Both functions get the numbers of stacks, and their geometry.
     """
     results: list[Any] = [None] * len(geometry.stacks)
     may_hold = backend_on("tpu", chosen_backend()) == "sparsecore"
-    held = [k for k, stack in enumerate(geometry.stacks) if may_hold and sparsecore.why_not_held(stack, tables[k]) is None]
+    held = [
+        k for k, stack in enumerate(geometry.stacks) if may_hold and sparsecore.why_not_held(stack, tables[k]) is None
+    ]
     others = [k for k in range(len(geometry.stacks)) if k not in held]
     for chosen in (held, others):
         if not chosen:

@@ -116,7 +116,9 @@ def axis_of(plan: Plan, axis_name: Any = None) -> Any:
         axis_name = manual[0]
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if unknown := [name for name in names if name not in manual]:
-        raise ValueError(f"axis_name is {axis_name!r}, but {unknown} are no manual axes of this jax.shard_map: {manual}.")
+        raise ValueError(
+            f"axis_name is {axis_name!r}, but {unknown} are no manual axes of this jax.shard_map: {manual}."
+        )
     size = math.prod(jax.lax.axis_size(name) for name in names)
     if size != plan.num_devices:
         raise ValueError(

@@ -81,7 +81,11 @@ def lookup(packed: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: G
         for stack, table in zip(geometry.stacks, tables, strict=True)
     ]
     return jax.ffi.ffi_call("embax_lookup", shapes)(
-        *packed, *tables, **_packed_attributes(geometry), gathered=geometry.gathered, quantization=_quantization(geometry)
+        *packed,
+        *tables,
+        **_packed_attributes(geometry),
+        gathered=geometry.gathered,
+        quantization=_quantization(geometry),
     )
 
 

@@ -61,9 +61,7 @@ def _aligned(ends: jax.Array) -> jax.Array:
     return (ends + (PARTITION_ALIGNMENT - 1)) // PARTITION_ALIGNMENT * PARTITION_ALIGNMENT
 
 
-def table_rows(
-    partition: jax.Array, ids: jax.Array, valid: jax.Array, num_rows: int, geometry: Geometry
-) -> jax.Array:
+def table_rows(partition: jax.Array, ids: jax.Array, valid: jax.Array, num_rows: int, geometry: Geometry) -> jax.Array:
     """The row of the table in hand, of `num_rows`, that each entry names; `num_rows` where it names none."""
     if geometry.gathered:
         return jnp.where(valid & (ids >= 0) & (ids < num_rows), ids, num_rows)

@@ -260,9 +260,7 @@ def _portable_apply_rows(hyperparameters: jax.Array, *operands, geometry: Geomet
     num_stacks = len(geometry.stacks)
     updates = _updates(hyperparameters, operands[num_stacks:], geometry, **params)
     return [
-        array
-        for rows, one in zip(operands[:num_stacks], updates, strict=True)
-        for array in _portable_rows(rows, one)
+        array for rows, one in zip(operands[:num_stacks], updates, strict=True) for array in _portable_rows(rows, one)
     ]
 
 
