@@ -50,6 +50,11 @@ class LookupSettings:
         return hash((self.plan, self.limits, self.mesh, self.frozen, self.skip_nonfinite))
 
     @property
+    def axis_name(self) -> str | tuple[str, ...] | None:
+        """What lookups and updates take as `axis_name`."""
+        return None if self.mesh is None else self.mesh.axis_name
+
+    @property
     def all_frozen(self) -> bool:
         """Whether no stack is updated."""
         return len(self.frozen) == len(self.plan.stacks)
@@ -74,7 +79,7 @@ def _lookup(
     settings: LookupSettings, variables: dict[str, Any], packed: PreprocessedInput
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     def look_up(variables, packed):
-        return lookup_features(packed, variables, settings.plan)
+        return lookup_features(packed, variables, settings.plan, settings.axis_name)
 
     if settings.mesh is None:
         return look_up(variables, packed)
@@ -132,9 +137,9 @@ def update_of(
             step if traced_step is None else traced_step,
             after,
             settings.limits,
+            settings.axis_name,
             frozen=settings.frozen,
             skip_nonfinite=settings.skip_nonfinite,
-            axis_name=None if settings.mesh is None else settings.mesh.axis_name,
         )
 
     if settings.mesh is not None:

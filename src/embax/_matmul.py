@@ -10,11 +10,10 @@ import numpy as np
 from jax.core import Tracer
 
 from embax._checks import boolean, is_finite_number
-from embax._ops.geometry import inside_shard_map, make_geometry
-from embax._ops.lookup import lookup_stacks
+from embax._ops.across_devices import lookup_across, update_across
+from embax._ops.geometry import axis_of, inside_shard_map, make_geometry
 from embax._ops.row_update import NO_LIMITS, RowLimits
 from embax._ops.unstack import stack_gradients, unstack_activations
-from embax._ops.update import update_stacks
 from embax._preprocess.arrays import beyond_int64, find, to_numpy
 from embax._preprocess.buffers import PreprocessedInput
 from embax._specs import FeatureSpec
@@ -128,13 +127,13 @@ def check_activations(what: str, feature: FeaturePlan, batch: int, array: Any) -
 
 
 def lookup_features(
-    packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], plan: Plan
+    packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], plan: Plan, axis_name: Any = None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Activations of each feature in the order of the feature leaves, and of each stack."""
     check_variables(variables, plan, without_slots=[stack.name for stack in plan.stacks])
     geometry = make_geometry(plan, packed)
     tables = [jax.tree.leaves(variables[stack.name])[0] for stack in plan.stacks]
-    stacked = lookup_stacks(packed, tables, geometry)
+    stacked = lookup_across(packed, tables, geometry, axis_of(plan, axis_name))
     features: dict[int, jax.Array] = {}
     for stack, placed, activations in zip(plan.stacks, packed.layout.stacks, stacked, strict=True):
         parts = unstack_activations(activations, stack, placed, packed.layout)
@@ -150,10 +149,10 @@ def update_features(
     step: int | jax.Array | None,
     after: Sequence[jax.Array],
     limits: Sequence[RowLimits] | None = None,
+    axis_name: Any = None,
     *,
     frozen: Collection[str] = (),
     skip_nonfinite: bool = False,
-    axis_name: str | tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """New variables from the gradients of each feature's activations.
 
@@ -165,9 +164,9 @@ def update_features(
         step: for schedules and for optimizers that need it.
         after: as in `update_stacks`.
         limits: as in `update_stacks`.
+        axis_name: the axis of shard_map that the tables are sharded over, or a tuple of axes; None where there is one.
         frozen: names of stacks that stay as they are.
         skip_nonfinite: whether nothing is updated if a gradient, on any device, is not finite.
-        axis_name: the axes of the mesh that the tables are sharded over, inside shard_map.
     """
     check_variables(variables, plan, without_slots=frozen)
     geometry = make_geometry(plan, packed)
@@ -180,14 +179,16 @@ def update_features(
             check_activations("gradient", feature, batch, gradients[feature.leaf])
             parts.append(gradients[feature.leaf].astype(jnp.float32))
         stacked.append(stack_gradients(parts, stack, placed, packed.layout))
+    axis = axis_of(plan, axis_name)
     if skip_nonfinite:
-        packed = _without_entries(packed, ~_all_finite(stacked, plan, axis_name))
-    new = update_stacks(
+        packed = _without_entries(packed, ~_all_finite(stacked, axis))
+    new = update_across(
         packed,
         stacked,
         [tuple(jax.tree.leaves(variables[stack.name])) for stack in stacks],
         [after[number] for number in chosen if after],
         dataclasses.replace(geometry, stacks=tuple(geometry.stacks[number] for number in chosen)),
+        axis,
         step,
         [limits[number] for number in chosen] if limits else None,
     )
@@ -198,14 +199,10 @@ def update_features(
     return {name: updated.get(name, state) for name, state in variables.items()}
 
 
-def _all_finite(
-    gradients: Sequence[jax.Array], plan: Plan, axis_name: str | tuple[str, ...] | None
-) -> Bool[Array, ""]:
-    """Whether all gradients are finite, on all devices."""
+def _all_finite(gradients: Sequence[jax.Array], axis: Any) -> Bool[Array, ""]:
+    """Whether all gradients are finite, on all devices of the axis; None is one device."""
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(gradient)) for gradient in gradients]))
-    if plan.num_devices == 1 or axis_name is None:
-        return finite
-    return jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
+    return finite if axis is None else jax.lax.pmin(finite.astype(jnp.int32), axis) > 0
 
 
 def _without_entries(packed: PreprocessedInput, none: Bool[Array, ""]) -> PreprocessedInput:
@@ -213,13 +210,20 @@ def _without_entries(packed: PreprocessedInput, none: Bool[Array, ""]) -> Prepro
     return packed.replace(row_pointers=jnp.where(none, jnp.int32(0), jnp.asarray(packed.row_pointers)))
 
 
-def lookup(packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], *, specs: Any) -> Any:
+def lookup(
+    packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], *, specs: Any, axis_name: Any = None
+) -> Any:
     """Looks up a packed batch: for each sample the combined rows of its ids.
+
+    With specs that were placed for several devices it is called inside `jax.shard_map`, with the parts of the batch and of the
+    variables that one device has, and returns the activations of its samples. Rows travel between the devices.
 
     Args:
         packed: what `embax.preprocess` returned for these specs.
         variables: `EmbeddingVariables` of each stack by name.
         specs: pytree of placed `FeatureSpec`.
+        axis_name: of specs that were placed for several devices, the mesh axis that the tables are sharded over, or a tuple of
+            axes; None where `jax.shard_map` has only one.
 
     Returns:
         The activations, float32[batch, output_dim] of each feature, in the structure of `specs`.
@@ -231,7 +235,7 @@ def lookup(packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables
         >>> packed = embax.preprocess(ids, specs=specs)
         >>> activations = embax.lookup(packed, variables, specs=specs)
     """
-    features, _ = lookup_features(packed, variables, make_plan(specs))
+    features, _ = lookup_features(packed, variables, make_plan(specs), axis_name)
     return jax.tree.unflatten(feature_structure(specs), features)
 
 
@@ -244,6 +248,7 @@ def apply_gradients(
     step: int | jax.Array | None = None,
     activations: Any = None,
     embedding_var_limits: Mapping[str, tuple[float | None, float | None]] | None = None,
+    axis_name: Any = None,
     skip_nonfinite: bool = False,
 ) -> dict[str, EmbeddingVariables]:
     """Takes one optimizer step on every row that a packed batch touched, and on no other.
@@ -261,6 +266,7 @@ def apply_gradients(
             them it may copy the tables, if the gradients do not depend on the activations (a loss linear in them).
         embedding_var_limits: `(min, max)` by the name of a stack: the new rows of its table are clipped to this range; slots
             and rows that the batch did not touch are not. None, or a stack that is left out, is no limit.
+        axis_name: see `lookup`.
         skip_nonfinite: whether tables and slots stay as they are if any gradient, on any device, is not finite.
 
     Returns:
@@ -286,15 +292,10 @@ def apply_gradients(
                 check_activations("activation", feature, batch, by_leaf[feature.leaf])
             after.append(by_leaf[stack.features[0].leaf])
     leaves = flatten_like(gradients, structure, "gradients")
+    skip_nonfinite = boolean("apply_gradients", "skip_nonfinite", skip_nonfinite)
+    row_limits = checked_limits(embedding_var_limits, plan)
     return update_features(
-        leaves,
-        packed,
-        variables,
-        plan,
-        step,
-        after,
-        checked_limits(embedding_var_limits, plan),
-        skip_nonfinite=boolean("apply_gradients", "skip_nonfinite", skip_nonfinite),
+        leaves, packed, variables, plan, step, after, row_limits, axis_name, skip_nonfinite=skip_nonfinite
     )
 
 
