@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from embax._blocks import rows_by_number
 from embax._checks import boolean, is_finite_number
 from embax._ops.across_devices import lookup_across, update_across
 from embax._ops.geometry import axis_of, inside_shard_map, make_geometry
@@ -318,7 +319,8 @@ def read_rows(variables: Mapping[str, EmbeddingVariables], table: str, ids: Any,
     check_variables(variables, plan, without_slots=[one.name for one in plan.stacks])
     rows = valid_ids(ids, table, planned.vocabulary_size)
     values = jax.tree.leaves(variables[stack.name])[0]
-    values = values[physical_rows(jnp.maximum(rows, 0), planned.rows, stack.shape[0], plan.num_sparsecores)]
+    physical = physical_rows(jnp.maximum(rows, 0), planned.rows, stack.shape[0], plan.num_sparsecores)
+    values = rows_by_number(lambda values, rows: values[rows], values, physical, writes=False)
     return jnp.where((rows < 0)[..., None], jnp.nan, values[..., : planned.embedding_dim])
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from embax._blocks import put_logical
+from embax._blocks import put_logical, rows_by_number
 from embax._format import in_table_format
 from embax._matmul import check_variables, place_of_table, valid_ids
 from embax._preprocess.arrays import find
@@ -54,7 +54,11 @@ def write_rows(
     stacked, *slots = jax.tree.leaves(variables[stack.name])
     physical = physical_rows(jnp.maximum(rows, 0), planned.rows, stack.shape[0], plan.num_sparsecores)
     physical = jnp.where(rows < 0, stack.shape[0], physical)  # Past the end: dropped.
-    stacked = stacked.at[physical, : planned.embedding_dim].set(new, mode="drop")
+
+    def write(stacked, physical, new):
+        return stacked.at[physical, : planned.embedding_dim].set(new, mode="drop")
+
+    stacked = rows_by_number(write, stacked, physical, new, writes=True)
     structure = jax.tree.structure(variables[stack.name])
     return {**variables, stack.name: jax.tree.unflatten(structure, [stacked, *slots])}
 
