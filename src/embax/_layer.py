@@ -169,6 +169,10 @@ class Shell:
             key, self.specs, mesh=mesh, sharding_axis=axes, without_slots=self.settings.frozen
         )
 
+    def small(self, array: jax.Array) -> jax.Array:
+        """A small array of the layer where steps return it."""
+        return array if self.mesh is None else self.mesh.replicate(array)
+
     def pack(
         self,
         ids: Any,

@@ -17,6 +17,15 @@ from embax._preprocess.buffers import PreprocessedInput
 _PACKED_ARRAYS = ("row_pointers", "embedding_ids", "sample_ids", "gains", "num_minibatches")
 
 
+def _explicit(mesh: jax.sharding.Mesh) -> bool:
+    return jax.sharding.AxisType.Explicit in mesh.axis_types
+
+
+def replicated(mesh: jax.sharding.Mesh, ndim: int) -> jax.sharding.NamedSharding:
+    """The same array on every device, in the words in which a jitted step returns it."""
+    return jax.sharding.NamedSharding(mesh, jax.P(*(None,) * ndim) if _explicit(mesh) else jax.P())
+
+
 @dataclasses.dataclass(frozen=True)
 class TableMesh:
     """A mesh, and the axes of it that rows of tables and samples are sharded over; over the others they are replicated."""
@@ -82,8 +91,16 @@ class TableMesh:
         return self.axes[0] if len(self.axes) == 1 else self.axes
 
     def sharding(self, ndim: int) -> jax.sharding.NamedSharding:
-        """The sharding of an array of a table, [rows, dim] or [rows]."""
-        return jax.sharding.NamedSharding(self.mesh, jax.P(*self.leading, *(None,) * (ndim - 1)))
+        """The sharding of an array of a table, [rows, dim] or [rows], in the words in which a jitted step returns it.
+
+        Otherwise the second step would compile again: to jit, `P(axis)` and `P(axis, None)` differ.
+        """
+        rest = (None,) * (ndim - 1) if _explicit(self.mesh) else ()
+        return jax.sharding.NamedSharding(self.mesh, jax.P(*self.leading, *rest))
+
+    def replicate(self, array: jax.Array) -> jax.Array:
+        """The array on every device of the mesh, as steps return it, so that the second step does not compile again."""
+        return jax.jit(lambda array: array, out_shardings=replicated(self.mesh, array.ndim))(array)
 
     def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`jax.shard_map` over the mesh, of arrays that may be sharded otherwise before."""
@@ -101,8 +118,7 @@ class TableMesh:
 
     def _as_explicit(self, spec: jax.P, array: Any) -> Any:
         """The array in the sharding that shard_map asks for where the axes of a mesh are explicit, and it reshards nothing."""
-        explicit = jax.sharding.AxisType.Explicit in self.mesh.axis_types
-        if not explicit or not isinstance(array, jax.Array):
+        if not _explicit(self.mesh) or not isinstance(array, jax.Array):
             return array
         full = jax.P(*spec, *(None,) * (array.ndim - len(spec)))
         if jax.typeof(array).sharding.spec == full:

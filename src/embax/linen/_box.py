@@ -1,5 +1,6 @@
 """The parameter of a `SparseCoreEmbed` for Linen."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ except ImportError as error:
     raise ImportError("embax.linen needs Flax and optax: pip install 'embax[flax]'") from error
 
 from embax._format import table_format
+from embax._mesh import TableMesh, replicated
+from embax.optimizers import OptimizerSpec
 
 EMBEDDING_PARAM_NAME = "sc_embedding_variables"
 """Name of the parameter that holds the tables and slots of a layer."""
@@ -23,14 +26,14 @@ class WithSparseCoreLayout(nn.Partitioned):
 
     Args:
         value: `EmbeddingVariables` of each stack by name.
-        names: mesh axes of the dimensions of the arrays.
+        names: mesh axes of the dimensions of tables, `(axis, None)`; () without a mesh.
         mesh: the mesh, or None.
         lookups: float32[devices, 1]; its "gradient" counts the lookups.
-        optimizers: of the stacks; they decide the format of tables on TPUs.
+        optimizers: name and optimizer of each stack; they decide the format of tables on TPUs.
     """
 
     lookups: Any = None
-    optimizers: tuple[Any, ...] = struct.field(default=(), pytree_node=False)
+    optimizers: tuple[tuple[str, OptimizerSpec], ...] = struct.field(default=(), pytree_node=False)
 
     def unbox(self, apply_constraint: bool = True) -> Any:
         """The tables and slots."""
@@ -38,7 +41,17 @@ class WithSparseCoreLayout(nn.Partitioned):
         return self.value
 
     def get_sharding(self, mesh: jax.sharding.Mesh) -> Any:
-        """The sharding of every array in the box; on TPUs the format of its tables, see `embax.table_format`."""
-        sharding = jax.sharding.NamedSharding(mesh, self.get_partition_spec())
-        formats = [table_format(sharding, optimizer) for optimizer in self.optimizers]
-        return formats[0] if len(set(map(type, formats))) == 1 else sharding
+        """A box like this one that holds the sharding of every array; on TPUs the format of tables, see `embax.table_format`."""
+        axes = self.names[0] if self.names else None
+        over = None if axes is None else TableMesh(mesh, (axes,) if isinstance(axes, str) else tuple(axes))
+
+        def of_array(array, optimizer=None):
+            sharding = replicated(mesh, array.ndim) if over is None else over.sharding(array.ndim)
+            return table_format(sharding, optimizer) if optimizer is not None and array.ndim == 2 else sharding
+
+        optimizers = dict(self.optimizers)
+        value = {
+            name: jax.tree.map(functools.partial(of_array, optimizer=optimizers.get(name)), stack)
+            for name, stack in self.value.items()
+        }
+        return self.replace(value=value, lookups=None if self.lookups is None else of_array(self.lookups))

@@ -127,14 +127,11 @@ class SparseCoreEmbed(nn.Module):
 
     def _init(self, key: jax.Array) -> WithSparseCoreLayout:
         shell = self._shell
-        optimizers = tuple(stack.optimizer for stack in shell.plan.stacks)
-        one_value = any(any(optimizer.row_wise_slots()) for optimizer in optimizers)
-        names = tuple(self.data_partition) if one_value else tuple(self.embedding_table_partition)
+        optimizers = tuple((stack.name, stack.optimizer) for stack in shell.plan.stacks)
         lookups = jnp.zeros((self.num_shards, 1), jnp.float32)
-        if shell.mesh is not None:
-            lookups = jax.jit(jnp.copy, out_shardings=shell.mesh.sharding(2))(lookups)
         mesh = None if shell.mesh is None else shell.mesh.mesh
-        return WithSparseCoreLayout(shell.init(key), names, mesh, lookups, optimizers)
+        box = WithSparseCoreLayout(shell.init(key), tuple(self.embedding_table_partition), mesh, lookups, optimizers)
+        return box if mesh is None else box.replace(lookups=_placed(lookups, box.get_sharding(mesh).lookups))
 
     def _parameter(self) -> Any:
         return self.get_variable("params", EMBEDDING_PARAM_NAME)
@@ -276,6 +273,10 @@ def _comparable(fields: dict[str, Any]) -> list[tuple[str, list[Any]]]:
         name: jax.tree.leaves(value, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec)) for name, value in fields.items()
     }
     return list(leaves.items())
+
+
+def _placed(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.jit(lambda array: array, out_shardings=sharding)(array)
 
 
 def _unboxed(box: Any) -> Any:

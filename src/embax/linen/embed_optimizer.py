@@ -62,7 +62,11 @@ def apply_updates_for_sc_model(params: Any, updates: Any) -> Any:
 
     def apply(path, old, new):
         if _is_box(old):
-            return old.replace(value=chosen(new.lookups, new.value, old.value), lookups=new.lookups)
+            lookups = new.lookups
+            if old.mesh is not None and isinstance(lookups, jax.core.Tracer):
+                # Sharded as it was, so that the next step does not compile again.
+                lookups = jax.jit(lambda array: array, out_shardings=old.get_sharding(old.mesh).lookups)(lookups)
+            return old.replace(value=chosen(new.lookups, new.value, old.value), lookups=lookups)
         return new if _of_tables(path) else optax.apply_updates(old, new)
 
     return jax.tree_util.tree_map_with_path(apply, params, updates, is_leaf=_is_box)

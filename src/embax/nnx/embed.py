@@ -1,6 +1,7 @@
 """`SparseCoreEmbed` for Flax NNX: large embedding tables that are updated in place in the backward pass."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ except ImportError as error:
 
 from embax._layer import Shell, chosen, refuse_several
 from embax._matmul import read_rows
+from embax._mesh import TableMesh, replicated
 from embax._preprocess.buffers import PreprocessedInput
 from embax._rows import load_tables, write_rows
 from embax._variables import EmbeddingVariables, without_slots
@@ -57,18 +59,22 @@ def get_named_sharding(node: Any, mesh: jax.sharding.Mesh) -> nnx.State:
     """
 
     def of_variable(variable):
+        value = variable.get_value()
         if isinstance(variable, EmbeddingVariablesParam):
-            rows = variable.get_metadata().get("embedding_sharding", jax.P())
-            specs = jax.tree.map(lambda array: rows if jnp.ndim(array) else jax.P(), variable.get_value())
-        else:
-            spec = nnx.get_partition_spec(variable)
-            specs = spec.get_value() if isinstance(spec, nnx.Variable) else spec
-            specs = jax.P() if specs is None else specs
-        shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
-        return variable.replace(shardings)
+            axes = variable.get_metadata().get("sharding_axes")
+            over = None if axes is None else TableMesh(mesh, axes)
+            return variable.replace(jax.tree.map(functools.partial(_sharding_of, mesh, over), value))
+        spec = nnx.get_partition_spec(variable).get_value()
+        sharding = None if spec is None or spec == jax.P() else jax.sharding.NamedSharding(mesh, spec)
+        return variable.replace(jax.tree.map(lambda array: sharding or replicated(mesh, jnp.ndim(array)), value))
 
     state = node if isinstance(node, nnx.State) else nnx.state(node)
     return jax.tree.map(of_variable, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _sharding_of(mesh: jax.sharding.Mesh, over: TableMesh | None, array: Any) -> jax.sharding.NamedSharding:
+    ndim = jnp.ndim(array)
+    return replicated(mesh, ndim) if over is None or ndim == 0 else over.sharding(ndim)
 
 
 class SparseCoreEmbed(nnx.Module):
@@ -150,11 +156,11 @@ class SparseCoreEmbed(nnx.Module):
         variables = shell.init(rngs.params())
         self._shell = nnx.static(shell)
         self._options = nnx.static(options)
-        rows = jax.P() if shell.mesh is None else shell.mesh.leading
-        self.embedding_table = EmbeddingVariablesParam(variables, embedding_sharding=rows)
+        axes = None if shell.mesh is None else shell.mesh.axes
+        self.embedding_table = EmbeddingVariablesParam(variables, sharding_axes=axes)
         # Its "gradient" counts the differentiated lookups that the "gradient" of the tables is the sum of.
-        self.lookups = EmbeddingVariablesParam(jnp.zeros((), jnp.float32))
-        self.invalid_ids = InvalidIds(jnp.zeros(shell.plan.num_features, jnp.int32))
+        self.lookups = EmbeddingVariablesParam(shell.small(jnp.zeros((), jnp.float32)))
+        self.invalid_ids = InvalidIds(shell.small(jnp.zeros(shell.plan.num_features, jnp.int32)))
 
     @property
     def feature_specs(self) -> Any:
@@ -237,7 +243,7 @@ class SparseCoreEmbed(nnx.Module):
         # Of an abstract layer, so that no table is drawn.
         layer = nnx.eval_shape(lambda: type(self)(self._shell.specs, rngs=nnx.Rngs(0), **options))
         layer.embedding_table.set_value(without_slots(self.embedding_table.get_value()))
-        layer.lookups.set_value(jnp.zeros((), jnp.float32))
+        layer.lookups.set_value(layer._shell.small(jnp.zeros((), jnp.float32)))
         layer.invalid_ids.set_value(jnp.zeros_like(self.invalid_ids.get_value()))
         return layer
 
