@@ -177,9 +177,7 @@ class SparseCoreEmbed(nn.Module):
             self._shell.wait(step)
         numbered = self.enable_minibatching and step is not None
         batch_number = int(step) if numbered else None
-        return self._shell.pack(
-            features, features_weights, batch_number=batch_number, all_reduce=all_reduce_interface
-        )
+        return self._shell.pack(features, features_weights, batch_number=batch_number, all_reduce=all_reduce_interface)
 
     def __call__(self, inputs: Any, step: int | jax.Array | None = None, *, weights: Any = None) -> Any:
         """The activations of a batch.
@@ -209,7 +207,9 @@ class SparseCoreEmbed(nn.Module):
             self.sow("intermediates", "invalid_ids", invalid_ids)
         if boxed and known_lookups(lookups) == 0:
             several = jnp.max(jax.lax.stop_gradient(lookups)) > 1
-            activations = jax.tree.map(lambda array: jnp.where(several, jnp.array(jnp.nan, array.dtype), array), activations)
+            activations = jax.tree.map(
+                lambda array: jnp.where(several, jnp.array(jnp.nan, array.dtype), array), activations
+            )
         return activations
 
     def apply_gradient(self, gradients: Any, inputs: PreprocessedInput, step: Any = None) -> dict[str, Any]:
@@ -246,8 +246,9 @@ class SparseCoreEmbed(nn.Module):
         return _with_tables(params, lambda old: write_rows(old, table, ids, values, specs=self._shell.specs))
 
     def load(self, params: Any, tables: Mapping[str, Any]) -> Any:
-        """The layer's parameters with given weights in the place of whole tables, see `embax.load_tables`, which takes over the
-        old ones. The module need not be bound.
+        """The layer's parameters with given weights in the place of whole tables. The module need not be bound.
+
+        The tables of `params` are donated: use the result only, see `embax.load_tables`.
 
         Args:
             params: the parameters of this layer, a dict that holds "sc_embedding_variables".
@@ -270,7 +271,8 @@ class _Shared:
 def _comparable(fields: dict[str, Any]) -> list[tuple[str, list[Any]]]:
     """The fields of a module, in which Flax makes frozen dicts of dicts and tuples of lists."""
     leaves = {
-        name: jax.tree.leaves(value, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec)) for name, value in fields.items()
+        name: jax.tree.leaves(value, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec))
+        for name, value in fields.items()
     }
     return list(leaves.items())
 
