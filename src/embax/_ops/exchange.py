@@ -38,6 +38,13 @@ def rows_per_round(stack: StackGeometry, geometry: Geometry) -> int:
     return next_multiple(max(min(by_entries, by_limits, stack.capacity), 1), _ALIGNMENT)
 
 
+def _take(array: jax.Array, places: jax.Array, fill_value: int) -> jax.Array:
+    """`array[places]`, and `fill_value` where there is no such place; also of an array that has none at all."""
+    if array.shape[0] == 0:
+        return jnp.full((*places.shape, *array.shape[1:]), fill_value, array.dtype)
+    return array.at[places].get(mode="fill", fill_value=fill_value)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Outgoing:
     """The rows of one stack that a device names, by owner.
@@ -65,7 +72,7 @@ class _Outgoing:
     def bound(self, starts: jax.Array) -> jax.Array:
         """int32[num_devices]: the first row that does not fit into a round, `INT32_MAX` where all fit."""
         last = starts + self.size
-        return jnp.where(last < self.ends, self.rows.at[last].get(mode="fill", fill_value=INT32_MAX), INT32_MAX)
+        return jnp.where(last < self.ends, _take(self.rows, last, INT32_MAX), INT32_MAX)
 
     def round(self, starts: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The rows of a round that ends at `bound`.
@@ -75,7 +82,7 @@ class _Outgoing:
             round starts, int32[num_devices].
         """
         places, exist = self.window(starts)
-        rows = jnp.where(exist, self.rows.at[places].get(mode="fill", fill_value=INT32_MAX), INT32_MAX)
+        rows = jnp.where(exist, _take(self.rows, places, INT32_MAX), INT32_MAX)
         taken = rows < bound[:, None]
         return places, jnp.where(taken, rows, INT32_MAX), starts + jnp.sum(taken, axis=1, dtype=jnp.int32)
 
@@ -152,7 +159,7 @@ def lookup_exchanging(
         for stack, table, one, place, asking in zip(geometry.stacks, tables, outgoing, places, rows, strict=True):
             wanted = asked[:, start : start + one.size]
             start += one.size
-            values = table.at[wanted].get(mode="fill", fill_value=0)
+            values = _take(table, wanted, 0)
             received = _to_owners(quantize(values, stack.quantization), axis)
             found.append(received.reshape(-1, *table.shape[1:]))
             own = jax.lax.slice_in_dim(slots, stack.entries_start, stack.entries_start + stack.capacity)
@@ -225,7 +232,7 @@ def update_exchanging(
         for one, to, place in zip(sums, outgoing, places, strict=True):
             wanted.append(asked[:, start : start + to.size].reshape(-1))
             start += to.size
-            sent = _to_owners(one.gradients.at[place].get(mode="fill", fill_value=0), axis)
+            sent = _to_owners(_take(one.gradients, place, 0), axis)
             received.append(sent.reshape(-1, *sent.shape[2:]))
         return apply_rows(wanted, received, states, (), geometry, step, limits)
 
