@@ -1,6 +1,7 @@
 """One table or slot in logical order: out of its stack, and into it, a block of rows at a time."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,18 @@ BLOCK_BYTES = 64 << 20
 """Bytes of a block: what the conversion needs beside the array in logical order."""
 
 
+def rows_by_number(function: Callable[..., jax.Array], array: jax.Array, *others: Any, writes: bool) -> jax.Array:
+    """`function(array, *others)`, which reads or writes rows of a table by number.
+
+    On meshes of explicit axes JAX asks how the result is sharded: as the table, or what was read on every device.
+    """
+    sharding = jax.typeof(array).sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return function(array, *others)
+    out = jax.sharding.NamedSharding(sharding.mesh, sharding.spec if writes else jax.P())
+    return jax.sharding.auto_axes(function, out_sharding=out)(array, *others)
+
+
 @functools.partial(jax.jit, static_argnames=("count", "columns", "num_sparsecores"))
 def _take(
     stacked: jax.Array,
@@ -27,14 +40,22 @@ def _take(
 ) -> jax.Array:
     ids = first + jnp.arange(count, dtype=jnp.int32)
     physical = physical_rows(ids, placement, stacked.shape[0], num_sparsecores)
-    return stacked.at[physical, *map(slice, columns)].get(mode="promise_in_bounds")
+
+    def take(stacked, physical):
+        return stacked.at[physical, *map(slice, columns)].get(mode="promise_in_bounds")
+
+    return rows_by_number(take, stacked, physical, writes=False)
 
 
 @functools.partial(jax.jit, static_argnames="num_sparsecores", donate_argnames="stacked")
 def _put(stacked: jax.Array, rows: Any, first: Any, placement: RowPlacement, *, num_sparsecores: int) -> jax.Array:
     ids = first + jnp.arange(rows.shape[0], dtype=jnp.int32)
     physical = physical_rows(ids, placement, stacked.shape[0], num_sparsecores)
-    return stacked.at[physical, *map(slice, rows.shape[1:])].set(rows, unique_indices=True)
+
+    def put(stacked, physical, rows):
+        return stacked.at[physical, *map(slice, rows.shape[1:])].set(rows, unique_indices=True)
+
+    return rows_by_number(put, stacked, physical, rows, writes=True)
 
 
 def _blocks(table: TablePlan) -> tuple[int, list[np.int32]]:
@@ -79,7 +100,7 @@ def put_logical(stacked: jax.Array, values: np.ndarray, table: TablePlan, num_sp
 
     Args:
         stacked: [rows, dim] or [rows] array of the stack; it is donated.
-        values: float32[table.vocabulary_size, table.embedding_dim], or float32[table.vocabulary_size].
+        values: floating point [table.vocabulary_size, table.embedding_dim], or [table.vocabulary_size].
         table: the table's place.
         num_sparsecores: SparseCores that the stack is laid out for.
 
@@ -88,6 +109,6 @@ def put_logical(stacked: jax.Array, values: np.ndarray, table: TablePlan, num_sp
     """
     count, firsts = _blocks(table)
     for first in firsts:
-        rows = values[first : first + count]
+        rows = np.asarray(values[first : first + count], np.float32)
         stacked = _put(stacked, rows, first, table.rows, num_sparsecores=num_sparsecores)
     return stacked.block_until_ready()
