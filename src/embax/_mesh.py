@@ -142,7 +142,9 @@ class TableMesh:
         )
 
 
-def on_devices(mesh: TableMesh | None, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def on_devices(
+    mesh: TableMesh | None, function: Callable[..., Any], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
     """`function` as it is for one device and inside shard_map, else mapped over the devices of the mesh."""
     return function if mesh is None or inside_shard_map() else mesh.shard_map(function, in_specs, out_specs)
 

@@ -107,7 +107,9 @@ def _draw_by_chunks(
 ) -> jax.Array:
     """Draws a table into its place in `here` SparseCores from `first` on. Each row has a key of its own."""
     rows_of_sparsecore = stacked.shape[0] // here
-    rows_of_table = (placement.vocabulary_size - 1) // num_sparsecores + 1  # Not rounded up by addition: int32 may end there.
+    rows_of_table = (
+        placement.vocabulary_size - 1
+    ) // num_sparsecores + 1  # Not rounded up by addition: int32 may end there.
     count = rows_of_table * here
 
     def draw(chunk, stacked):
@@ -366,7 +368,9 @@ def init_embedding_variables(
         else:
             devices = _ManyDevices(plan.num_sparsecores, over, table_format(over.sharding(2), stack.optimizer))
         slots = stack.optimizer.slot_variables_initializers()
-        wanted = list(zip([initializers, *(dict.fromkeys(initializers, s) for s in slots)], stack.state_shapes, strict=True))
+        wanted = list(
+            zip([initializers, *(dict.fromkeys(initializers, s) for s in slots)], stack.state_shapes, strict=True)
+        )
         if stack.name in without_slots:
             wanted = wanted[:1]
         values = [

@@ -111,9 +111,7 @@ def put_blocks(stacked: Any, values: Any, table: TablePlan, num_sparsecores: int
     count, columns = values.shape
     rows = -(-count // num_sparsecores)
     padded = jnp.pad(values, ((0, rows * num_sparsecores - count), (0, 0)))
-    block = jnp.roll(
-        jnp.swapaxes(padded.reshape(rows, num_sparsecores, columns), 0, 1), table.rows.rotation, axis=0
-    )
+    block = jnp.roll(jnp.swapaxes(padded.reshape(rows, num_sparsecores, columns), 0, 1), table.rows.rotation, axis=0)
     sparsecores = (jnp.arange(num_sparsecores) - table.rows.rotation) % num_sparsecores
     valid = jnp.arange(rows) * num_sparsecores + sparsecores[:, None] < count
     shards = stacked.reshape(num_sparsecores, -1, stacked.shape[1])

@@ -177,9 +177,7 @@ class SparseCoreEmbed(nn.Module):
             self._shell.wait(step)
         numbered = self.enable_minibatching and step is not None
         batch_number = int(step) if numbered else None
-        return self._shell.pack(
-            features, features_weights, batch_number=batch_number, all_reduce=all_reduce_interface
-        )
+        return self._shell.pack(features, features_weights, batch_number=batch_number, all_reduce=all_reduce_interface)
 
     def __call__(self, inputs: Any, step: int | jax.Array | None = None, *, weights: Any = None) -> Any:
         """The activations of a batch.
@@ -209,7 +207,9 @@ class SparseCoreEmbed(nn.Module):
             self.sow("intermediates", "invalid_ids", invalid_ids)
         if boxed and known_lookups(lookups) == 0:
             several = jnp.max(jax.lax.stop_gradient(lookups)) > 1
-            activations = jax.tree.map(lambda array: jnp.where(several, jnp.array(jnp.nan, array.dtype), array), activations)
+            activations = jax.tree.map(
+                lambda array: jnp.where(several, jnp.array(jnp.nan, array.dtype), array), activations
+            )
         return activations
 
     def apply_gradient(self, gradients: Any, inputs: PreprocessedInput, step: Any = None) -> dict[str, Any]:
@@ -270,7 +270,8 @@ class _Shared:
 def _comparable(fields: dict[str, Any]) -> list[tuple[str, list[Any]]]:
     """The fields of a module, in which Flax makes frozen dicts of dicts and tuples of lists."""
     leaves = {
-        name: jax.tree.leaves(value, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec)) for name, value in fields.items()
+        name: jax.tree.leaves(value, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec))
+        for name, value in fields.items()
     }
     return list(leaves.items())
 

@@ -216,7 +216,9 @@ class SparseCoreEmbed(nnx.Module):
         variables, lookups = self.embedding_table.get_value(), self.lookups.get_value()
         activations, invalid_ids = self._shell.lookup(variables, lookups, inputs, weights, step)
         if invalid_ids is not None:
-            with contextlib.suppress(TraceContextError):  # The model is no argument of what is traced: it cannot take them out.
+            with contextlib.suppress(
+                TraceContextError
+            ):  # The model is no argument of what is traced: it cannot take them out.
                 self.invalid_ids.set_value(invalid_ids)
         return activations
 
