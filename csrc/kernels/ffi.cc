@@ -4,198 +4,29 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <exception>
 #include <functional>
+#include <memory>
 #include <string>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "core/format.h"
 #include "core/parallel.h"
+#include "core/radix_sort.h"
+#include "core/keys.h"
+#include "kernels/ffi_common.h"
+#include "kernels/packed_batch.h"
 #include "kernels/rows.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace embax {
 namespace {
 
-namespace ffi = xla::ffi;
-
-using Int32s = ffi::Buffer<ffi::S32, 1>;
-using Floats = ffi::Buffer<ffi::F32, 1>;
 using Matrix = ffi::Buffer<ffi::F32, 2>;
-using Int64Span = ffi::Span<const int64_t>;
 using ResultMatrix = ffi::Result<Matrix>;
 using FloatSpan = ffi::Span<const float>;
-
-// Below this many bytes of rows the hand-off to other threads costs more than it gains.
-constexpr int64_t kInlineBytes = 256 << 10;
-
-ffi::Error Invalid(const std::string& what) {
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "embax: " + what);
-}
-
-// The arrays of a packed batch and where each stack lies in them (embax/_ops/geometry.py).
-class PackedBatch {
- public:
-  struct Stack {
-    int64_t row_pointers_start, entries_start, capacity, samples_per_sparsecore;
-  };
-
-  // `num_sparsecores` are those of all devices, which own the rows; `max_minibatches` is 0 where the device's SparseCores have
-  // equal shares of a buffer, else what there are row pointers for.
-  PackedBatch(const Int32s& row_pointers, const Int32s& ids, const Int32s& samples, const Floats& gains,
-              const Int32s& num_minibatches, int64_t num_sparsecores, int64_t sparsecores_per_device,
-              int64_t max_minibatches, Int64Span stacks)
-      : row_pointers_(row_pointers.typed_data()),
-        ids_(ids.typed_data()),
-        samples_(samples.typed_data()),
-        gains_(gains.typed_data()),
-        num_row_pointers_(row_pointers.element_count()),
-        num_entries_(std::min({ids.element_count(), samples.element_count(), gains.element_count()})),
-        num_sparsecores_(num_sparsecores),
-        sparsecores_per_device_(sparsecores_per_device),
-        row_pointers_per_segment_(std::max(num_sparsecores, kMinRowPointers)),
-        shared_(max_minibatches > 0),
-        max_minibatches_(std::clamp<int64_t>(max_minibatches, 1, kBuckets)),
-        num_minibatches_(num_minibatches.element_count() == 1
-                             ? std::clamp<int64_t>(num_minibatches.typed_data()[0], 1, max_minibatches_)
-                             : 1),
-        stacks_(reinterpret_cast<const Stack*>(stacks.begin())),
-        num_stacks_(stacks.size() / (sizeof(Stack) / sizeof(int64_t))) {}
-
-  int64_t num_stacks() const { return num_stacks_; }
-  int64_t num_sparsecores() const { return num_sparsecores_; }
-  int64_t sparsecores_per_device() const { return sparsecores_per_device_; }
-  int64_t num_minibatches() const { return num_minibatches_; }
-  const Stack& stack(int64_t k) const { return stacks_[k]; }
-
-  std::string Problem() const {
-    // Compared by subtraction and division, which cannot overflow.
-    if (sparsecores_per_device_ < 1 || num_sparsecores_ < sparsecores_per_device_ || num_sparsecores_ > num_row_pointers_ ||
-        num_sparsecores_ % sparsecores_per_device_ != 0) {
-      return "the number of SparseCores is wrong";
-    }
-    const int64_t row_pointers = sparsecores_per_device_ * max_minibatches_ * row_pointers_per_segment_;
-    for (int64_t k = 0; k < num_stacks_; ++k) {
-      const Stack& s = stacks_[k];
-      const bool fits = s.row_pointers_start >= 0 && s.entries_start >= 0 && s.capacity >= 0 &&
-                        s.samples_per_sparsecore >= 0 && s.samples_per_sparsecore <= INT32_MAX &&
-                        row_pointers <= num_row_pointers_ - s.row_pointers_start &&
-                        s.capacity <= num_entries_ - s.entries_start;
-      if (!fits) return "stack " + std::to_string(k) + " does not lie in the packed arrays";
-    }
-    return "";
-  }
-
-  // The entries of a SparseCore, appended minibatch by minibatch.
-  void Append(int64_t stack, int64_t sparsecore, std::vector<Entries>& to) const {
-    const Stack& s = stacks_[stack];
-    const int32_t* row_pointers = row_pointers_ + s.row_pointers_start;
-    const int64_t share = s.capacity / sparsecores_per_device_;
-    const int64_t start = s.entries_start + (shared_ ? 0 : sparsecore * share);
-    for (int64_t segment = sparsecore * num_minibatches_, m = 0; m < num_minibatches_; ++m, ++segment) {
-      const int64_t capacity = shared_ ? s.capacity : share;
-      const int64_t begin = shared_ && segment > 0 ? SegmentEnd(row_pointers, segment - 1, capacity) : 0;
-      to.push_back({row_pointers + segment * row_pointers_per_segment_, ids_ + start, samples_ + start, gains_ + start,
-                    capacity, begin});
-    }
-  }
-
-  // Entries of a stack, gaps included, as the row pointers say.
-  int64_t NumEntries(int64_t stack) const {
-    const Stack& s = stacks_[stack];
-    const int32_t* row_pointers = row_pointers_ + s.row_pointers_start;
-    if (shared_) return SegmentEnd(row_pointers, sparsecores_per_device_ * num_minibatches_ - 1, s.capacity);
-    const int64_t share = s.capacity / sparsecores_per_device_;
-    int64_t entries = 0;
-    for (int64_t i = 0; i < sparsecores_per_device_; ++i) entries += SegmentEnd(row_pointers, i, share);
-    return entries;
-  }
-
- private:
-  // The end of the last partition of a segment, rounded up to where the next segment begins.
-  int64_t SegmentEnd(const int32_t* row_pointers, int64_t segment, int64_t capacity) const {
-    const int64_t end = row_pointers[segment * row_pointers_per_segment_ + num_sparsecores_ - 1];
-    return std::clamp<int64_t>((end + kPartitionAlignment - 1) / kPartitionAlignment * kPartitionAlignment, 0, capacity);
-  }
-
-  const int32_t* row_pointers_;
-  const int32_t* ids_;
-  const int32_t* samples_;
-  const float* gains_;
-  int64_t num_row_pointers_, num_entries_, num_sparsecores_, sparsecores_per_device_, row_pointers_per_segment_;
-  bool shared_;
-  int64_t max_minibatches_, num_minibatches_;
-  const Stack* stacks_;
-  int64_t num_stacks_;
-};
-
-// Threads that a kernel may use: those of XLA's pool, or fewer if EMBAX_NUM_THREADS says so, which is read once: other
-// threads may change the environment later.
-int64_t NumThreads(ffi::ThreadPool pool) {
-  static const int64_t asked = [] {
-    const char* limit = std::getenv("EMBAX_NUM_THREADS");
-    return limit != nullptr ? std::atoll(limit) : 0;
-  }();
-  const int64_t available = std::max<int64_t>(pool.num_threads(), 1);
-  return asked > 0 ? std::min<int64_t>(asked, available) : available;
-}
-
-// A handler that runs `kHandler`; memory that cannot be had becomes an error of the computation.
-template <auto kHandler>
-struct Guarded;
-template <typename... Args, ffi::Error (*kHandler)(Args...)>
-struct Guarded<kHandler> {
-  static ffi::Error Run(Args... args) {
-    try {
-      return kHandler(args...);
-    } catch (const std::exception& error) {
-      return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("embax: ") + error.what());
-    }
-  }
-};
-
-// Runs one task for each stack and SparseCore of the device on XLA's threads; `bytes` are the bytes of rows that all of them
-// touch.
-template <typename Task>
-ffi::Error RunTasks(ffi::ThreadPool threads, const PackedBatch& batch, int64_t bytes, Task&& task) {
-  const int64_t helpers = bytes < kInlineBytes ? 0 : NumThreads(threads) - 1;
-  const int64_t sparsecores = batch.sparsecores_per_device();
-  ParallelFor([&](std::function<void()> work) { threads.Schedule(std::move(work)); }, helpers,
-              batch.num_stacks() * sparsecores, [&](int64_t i) { task(i / sparsecores, i % sparsecores); });
-  return ffi::Error::Success();
-}
-
-// An array [rows, columns], or [rows], which is one column; without data where a buffer is neither, or not float32.
-struct Columns {
-  float* data = nullptr;
-  int64_t rows = 0, columns = 0;
-
-  template <typename Buffers>
-  static Columns Of(const Buffers& buffers, int64_t k) {
-    auto buffer = buffers.template get<ffi::AnyBuffer>(k);
-    if (!buffer.has_value()) return {};
-    if constexpr (std::is_same_v<Buffers, ffi::RemainingRets>) {
-      return Of(**buffer);
-    } else {
-      return Of(*buffer);
-    }
-  }
-
-  bool SameShape(const Columns& other) const { return rows == other.rows && columns == other.columns; }
-
- private:
-  static Columns Of(const ffi::AnyBuffer& buffer) {
-    const auto shape = buffer.dimensions();
-    if (buffer.element_type() != ffi::F32 || shape.size() < 1 || shape.size() > 2) return {};
-    return {static_cast<float*>(buffer.untyped_data()), shape[0], shape.size() == 2 ? shape[1] : 1};
-  }
-};
 
 ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
                   Int32s num_minibatches, ffi::RemainingArgs tables, ffi::RemainingRets activations,
@@ -231,7 +62,8 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     bytes += sizeof(float) * t.dim * (batch.NumEntries(k) + out.rows);
   }
   const RowKernels& kernels = SelectRowKernels();
-  return RunTasks(threads, batch, bytes, [&](int64_t stack, int64_t sparsecore) {
+  return RunTasks(threads, n * sparsecores_per_device, bytes, [&](int64_t task) {
+    const int64_t stack = task / sparsecores_per_device, sparsecore = task % sparsecores_per_device;
     LookupTask t = tasks[stack];
     std::vector<Entries> minibatches;
     batch.Append(stack, sparsecore, minibatches);
@@ -242,72 +74,111 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
   });
 }
 
-// Operands after the packed arrays: hyperparameters of all stacks, one gradient a stack, table and slots of each stack,
-// then any number that are not read: they order the update after what computes them. Results: tables and slots, in place.
+// The update of one stack, but for its entries.
+struct StackUpdate {
+  UpdateTask task;
+  const RowRule* rule = nullptr;
+};
+
+// What the update handlers get behind their own operands: gradients, one a stack, are operands[first_gradient + k]; behind
+// them lie table and slots of each stack, then any number that are not read: they order the update after what computes
+// them. Results: tables and slots, in place.
+class StackUpdates {
+ public:
+  StackUpdates(const Floats& hyperparameters, const ffi::RemainingArgs& operands, const ffi::RemainingRets& results,
+               int64_t first_gradient, int64_t num_stacks, Int64Span rules, Int64Span num_hyperparameters, FloatSpan options)
+      : updates_(num_stacks) {
+    problem_ = Read(hyperparameters, operands, results, first_gradient, rules, num_hyperparameters, options);
+  }
+
+  const std::string& problem() const { return problem_; }
+  StackUpdate& operator[](int64_t k) { return updates_[k]; }
+  // Rows of the gradient, and of the table, of a stack.
+  int64_t gradient_rows(int64_t k) const { return gradient_rows_[k]; }
+  int64_t table_rows(int64_t k) const { return table_rows_[k]; }
+
+ private:
+  std::string Read(const Floats& hyperparameters, const ffi::RemainingArgs& operands, const ffi::RemainingRets& results,
+                   int64_t first_gradient, Int64Span rules, Int64Span num_hyperparameters, FloatSpan options) {
+    const RowKernels& kernels = SelectRowKernels();
+    const int64_t n = static_cast<int64_t>(updates_.size());
+    if (static_cast<int64_t>(rules.size()) != n || static_cast<int64_t>(num_hyperparameters.size()) != n ||
+        static_cast<int64_t>(options.size()) != 6 * n) {
+      return "one rule with its options for each stack is expected";
+    }
+    const int64_t first_state = first_gradient + n;
+    int64_t next_state = 0, next_hyperparameter = 0;
+    for (int64_t k = 0; k < n; ++k) {
+      const std::string stack = "stack " + std::to_string(k);
+      if (rules[k] < 0 || rules[k] >= kernels.num_rules) return "unknown rule";
+      const RowRule& rule = kernels.rules[rules[k]];
+      UpdateTask& t = updates_[k].task;
+      updates_[k].rule = &rule;
+      if (next_state + rule.num_slots >= static_cast<int64_t>(results.size()) ||
+          first_state + next_state + rule.num_slots >= static_cast<int64_t>(operands.size()) ||
+          num_hyperparameters[k] < rule.num_hyperparameters || num_hyperparameters[k] > rule.num_hyperparameters + 1 ||
+          num_hyperparameters[k] > static_cast<int64_t>(hyperparameters.element_count()) - next_hyperparameter) {
+        return stack + " lacks operands or results";
+      }
+      const Columns gradient = Columns::Of(operands, first_gradient + k);
+      if (gradient.data == nullptr) return "gradients must be float32 of rank 1 or 2";
+      t.dim = gradient.columns;
+      t.gradient = gradient.data;
+      gradient_rows_.push_back(gradient.rows);
+      for (int slot = 0; slot <= rule.num_slots; ++slot, ++next_state) {
+        const Columns before = Columns::Of(operands, first_state + next_state), after = Columns::Of(results, next_state);
+        if (before.data == nullptr || after.data == nullptr) return "tables and slots must be float32 of rank 1 or 2";
+        if (slot == 0) table_rows_.push_back(before.rows);
+        if (before.rows != table_rows_.back() || before.columns != StateColumns(rule.row_wise, slot, t.dim) ||
+            !after.SameShape(before)) {
+          return "the shapes of table, slots and gradient of " + stack + " do not match";
+        }
+        t.state[slot] = after.data;
+        if (after.data != before.data) std::copy_n(before.data, before.rows * before.columns, after.data);
+      }
+      t.hyperparameters = hyperparameters.typed_data() + next_hyperparameter;
+      next_hyperparameter += num_hyperparameters[k];
+      const float* o = options.begin() + 6 * k;
+      t.options = {o[0], o[1], o[2], o[3], o[4]};
+      // Behind those of the rule, where rows decay apart from it.
+      if (num_hyperparameters[k] > rule.num_hyperparameters) t.options.decay = t.hyperparameters[rule.num_hyperparameters];
+      t.width = std::clamp<int64_t>(static_cast<int64_t>(o[5]), 1, t.dim);
+    }
+    return "";
+  }
+
+  std::vector<StackUpdate> updates_;
+  std::vector<int64_t> gradient_rows_, table_rows_;
+  std::string problem_;
+};
+
 ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
                   Int32s num_minibatches, Floats hyperparameters, ffi::RemainingArgs operands,
                   ffi::RemainingRets results, int64_t num_sparsecores, int64_t sparsecores_per_device,
-                  int64_t max_minibatches, Int64Span stacks, Int64Span rules, Int64Span num_hyperparameters, FloatSpan options) {
+                  int64_t max_minibatches, Int64Span stacks, Int64Span rules, Int64Span num_hyperparameters,
+                  FloatSpan options) {
   const PackedBatch batch(row_pointers, ids, samples, gains, num_minibatches, num_sparsecores, sparsecores_per_device,
                           max_minibatches, stacks);
   if (const std::string problem = batch.Problem(); !problem.empty()) return Invalid(problem);
   if (sparsecores_per_device != num_sparsecores) return Invalid("update: the rows of several devices");
-  const RowKernels& kernels = SelectRowKernels();
   const int64_t n = batch.num_stacks();
-  if (static_cast<int64_t>(rules.size()) != n || static_cast<int64_t>(num_hyperparameters.size()) != n ||
-      static_cast<int64_t>(options.size()) != 6 * n) {
-    return Invalid("update: one rule with its options for each stack is expected");
-  }
-  struct StackUpdate {
-    UpdateTask task;
-    const RowRule* rule;
-  };
-  std::vector<StackUpdate> updates(n);
-  int64_t bytes = 0, next_state = 0, next_hyperparameter = 0;
+  StackUpdates updates(hyperparameters, operands, results, 0, n, rules, num_hyperparameters, options);
+  if (!updates.problem().empty()) return Invalid("update: " + updates.problem());
+  int64_t bytes = 0;
   for (int64_t k = 0; k < n; ++k) {
-    if (rules[k] < 0 || rules[k] >= kernels.num_rules) return Invalid("update: unknown rule");
-    const RowRule& rule = kernels.rules[rules[k]];
     UpdateTask& t = updates[k].task;
-    updates[k].rule = &rule;
-    if (next_state + rule.num_slots >= static_cast<int64_t>(results.size()) ||
-        n + next_state + rule.num_slots >= static_cast<int64_t>(operands.size()) ||
-        num_hyperparameters[k] < rule.num_hyperparameters || num_hyperparameters[k] > rule.num_hyperparameters + 1 ||
-        num_hyperparameters[k] > static_cast<int64_t>(hyperparameters.element_count()) - next_hyperparameter) {
-      return Invalid("update: stack " + std::to_string(k) + " lacks operands or results");
-    }
-    const Columns gradient = Columns::Of(operands, k);
-    if (gradient.data == nullptr) return Invalid("update: gradients must be float32 of rank 1 or 2");
-    t.dim = gradient.columns;
-    t.gradient = gradient.data;
     t.num_samples = batch.stack(k).samples_per_sparsecore;
     t.num_minibatches = batch.num_minibatches();
     t.num_sources = num_sparsecores * t.num_minibatches;
-    if (gradient.rows != t.num_samples * num_sparsecores) {
-      return Invalid("update: the gradient of stack " + std::to_string(k) + " has another number of samples");
+    t.rows_per_partition = updates.table_rows(k) / num_sparsecores;
+    if (updates.gradient_rows(k) != t.num_samples * num_sparsecores ||
+        updates.table_rows(k) != t.rows_per_partition * num_sparsecores) {
+      return Invalid("update: gradient or table of stack " + std::to_string(k) + " have another number of rows");
     }
-    for (int slot = 0; slot <= rule.num_slots; ++slot, ++next_state) {
-      const Columns before = Columns::Of(operands, n + next_state), after = Columns::Of(results, next_state);
-      if (before.data == nullptr || after.data == nullptr) {
-        return Invalid("update: tables and slots must be float32 of rank 1 or 2");
-      }
-      if (slot == 0) t.rows_per_partition = before.rows / num_sparsecores;
-      if (before.rows != t.rows_per_partition * num_sparsecores ||
-          before.columns != StateColumns(rule.row_wise, slot, t.dim) || !after.SameShape(before)) {
-        return Invalid("update: the shapes of table, slots and gradient of stack " + std::to_string(k) + " do not match");
-      }
-      t.state[slot] = after.data;
-      if (after.data != before.data) std::copy_n(before.data, before.rows * before.columns, after.data);
-    }
-    t.hyperparameters = hyperparameters.typed_data() + next_hyperparameter;
-    next_hyperparameter += num_hyperparameters[k];
-    const float* o = options.begin() + 6 * k;
-    t.options = {o[0], o[1], o[2], o[3], o[4]};
-    // Behind those of the rule, where rows decay apart from it.
-    if (num_hyperparameters[k] > rule.num_hyperparameters) t.options.decay = t.hyperparameters[rule.num_hyperparameters];
-    t.width = std::clamp<int64_t>(static_cast<int64_t>(o[5]), 1, t.dim);
-    bytes += sizeof(float) * t.dim * batch.NumEntries(k) * (2 + rule.num_slots);
+    bytes += sizeof(float) * t.dim * batch.NumEntries(k) * (2 + updates[k].rule->num_slots);
   }
-  return RunTasks(threads, batch, bytes, [&](int64_t stack, int64_t partition) {
+  return RunTasks(threads, n * num_sparsecores, bytes, [&](int64_t task) {
+    const int64_t stack = task / num_sparsecores, partition = task % num_sparsecores;
     UpdateTask t = updates[stack].task;
     std::vector<Entries> sources;
     sources.reserve(t.num_sources);
@@ -323,6 +194,105 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
       t.state[slot] += partition * t.rows_per_partition * StateColumns(rule.row_wise, slot, t.dim);
     }
     rule.update(t);
+  });
+}
+
+// Rows that are given one by one, sorted, as the entries of one source.
+class SortedRows {
+ public:
+  // What is not in [0, num_rows) is left out.
+  SortedRows(const int32_t* rows, int64_t count, int64_t num_rows) {
+    std::vector<uint64_t> entries(count), other(count);
+    int64_t kept = 0;
+    bool sorted = true;
+    for (int64_t i = 0; i < count; ++i) {
+      if (rows[i] < 0 || rows[i] >= num_rows) continue;
+      entries[kept] = Entry(static_cast<uint32_t>(rows[i]), static_cast<uint32_t>(i));
+      sorted = sorted && (kept == 0 || entries[kept - 1] < entries[kept]);
+      ++kept;
+    }
+    const uint64_t* in_order = entries.data();
+    if (!sorted) {
+      Digits digits = ChooseDigits(kept, KeyBits(num_rows));
+      std::vector<uint32_t> histograms(digits.passes * static_cast<size_t>(digits.size()), 0);
+      digits.histograms = histograms.data();
+      for (int pass = 0; pass < digits.passes; ++pass) {
+        uint32_t* histogram = digits.histograms + pass * static_cast<size_t>(digits.size());
+        const int shift = 32 + pass * digits.bits;
+        for (int64_t i = 0; i < kept; ++i) ++histogram[(entries[i] >> shift) & (digits.size() - 1)];
+      }
+      in_order = RadixSort(digits, kept, entries.data(), other.data());
+    }
+    ids_.resize(kept);
+    samples_.resize(kept);
+    gains_.assign(kept, 1.0f);
+    for (int64_t i = 0; i < kept; ++i) {
+      ids_[i] = static_cast<int32_t>(in_order[i] >> 32);
+      samples_[i] = static_cast<int32_t>(in_order[i]);
+    }
+  }
+
+  int32_t size() const { return static_cast<int32_t>(ids_.size()); }
+
+  // The first of part `number` of `count` of about equal sizes, moved so that no row belongs to two parts.
+  int32_t Begin(int64_t number, int64_t count) const {
+    int64_t begin = size() * number / count;
+    while (begin > 0 && begin < size() && ids_[begin] == ids_[begin - 1]) ++begin;
+    return static_cast<int32_t>(begin);
+  }
+
+  // The entries up to `end`, from `begin` on.
+  Entries Part(int32_t begin, const int32_t& end) const {
+    return {&end, ids_.data(), samples_.data(), gains_.data(), size(), begin};
+  }
+
+ private:
+  std::vector<int32_t> ids_, samples_;
+  std::vector<float> gains_;
+};
+
+// Operands: hyperparameters, the rows of each stack, and as StackUpdates says; gradients are those of the rows.
+ffi::Error ApplyRows(ffi::ThreadPool threads, Floats hyperparameters, ffi::RemainingArgs operands,
+                     ffi::RemainingRets results, Int64Span rules, Int64Span num_hyperparameters, FloatSpan options) {
+  // Parts that the rows of a stack are divided into, for the threads to share.
+  constexpr int64_t kParts = 16;
+  const int64_t n = static_cast<int64_t>(rules.size());
+  StackUpdates updates(hyperparameters, operands, results, n, n, rules, num_hyperparameters, options);
+  if (!updates.problem().empty()) return Invalid("apply_rows: " + updates.problem());
+  std::vector<Int32s> rows;
+  int64_t bytes = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    auto buffer = operands.get<Int32s>(k);
+    if (!buffer.has_value() || static_cast<int64_t>(buffer->element_count()) != updates.gradient_rows(k) ||
+        updates.gradient_rows(k) > INT32_MAX) {
+      return Invalid("apply_rows: one row for each gradient of stack " + std::to_string(k) + " is expected");
+    }
+    rows.push_back(*buffer);
+    UpdateTask& t = updates[k].task;
+    t.num_samples = updates.gradient_rows(k);
+    t.num_minibatches = t.num_sources = 1;
+    t.rows_per_partition = updates.table_rows(k);
+    bytes += sizeof(float) * t.dim * t.num_samples * (2 + updates[k].rule->num_slots);
+  }
+  std::vector<std::unique_ptr<SortedRows>> sorted(n);
+  ffi::Error error = RunTasks(threads, n, bytes, [&](int64_t k) {
+    sorted[k] = std::make_unique<SortedRows>(rows[k].typed_data(), rows[k].element_count(), updates.table_rows(k));
+  });
+  if (error.failure()) return error;
+  return RunTasks(threads, n * kParts, bytes, [&](int64_t task) {
+    const int64_t stack = task / kParts, part = task % kParts;
+    const SortedRows& own = *sorted[stack];
+    const int32_t begin = own.Begin(part, kParts), end = part + 1 < kParts ? own.Begin(part + 1, kParts) : own.size();
+    if (begin >= end) return;
+    const Entries entries = own.Part(begin, end);
+    UpdateTask t = updates[stack].task;
+    Cursor cursor;
+    std::vector<float> sum(t.dim);
+    t.entries = &entries;
+    t.cursors = &cursor;
+    t.sum = sum.data();
+    t.partition = 0;
+    updates[stack].rule->update(t);
   });
 }
 
@@ -385,12 +355,29 @@ XLA_FFI_DEFINE_HANDLER(kUpdate, Guarded<Update>::Run,
                            .Attr<Int64Span>("num_hyperparameters")
                            .Attr<FloatSpan>("options"));
 
+XLA_FFI_DEFINE_HANDLER(kApplyRows, Guarded<ApplyRows>::Run,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<Floats>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attr<Int64Span>("rules")
+                           .Attr<Int64Span>("num_hyperparameters")
+                           .Attr<FloatSpan>("options"));
+
 XLA_FFI_DEFINE_HANDLER(kFill, Guarded<Fill>::Run,
                        ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Matrix>());
 
 }  // namespace
 
 const FfiHandler kFfiHandlers[] = {
-    {"embax_lookup", kLookup}, {"embax_update", kUpdate}, {"embax_fill", kFill}, {nullptr, nullptr}};
+    {"embax_lookup", kLookup},
+    {"embax_update", kUpdate},
+    {"embax_apply_rows", kApplyRows},
+    {"embax_distinct_rows", &EmbaxDistinctRows},
+    {"embax_row_gradients", &EmbaxRowGradients},
+    {"embax_fill", kFill},
+    {nullptr, nullptr},
+};
 
 }  // namespace embax

@@ -111,14 +111,10 @@ inline void PrepareRow(const RowOptions& options, float* __restrict g, float* __
   }
 }
 
-template <typename Rule, int kDim>
-void UpdateRows(const UpdateTask& t) {
-  const int64_t dim = Length<kDim>(t.dim);
-  const Rule rule(t.hyperparameters, t.width);
-  const RowOptions options = t.options;
-  const bool prepares = options.clip_value < HUGE_VALF || options.clip_norm < HUGE_VALF || options.l2 != 0 || options.decay != 0;
-  const bool limits = options.min > -HUGE_VALF || options.max < HUGE_VALF;
-  float* __restrict sum = t.sum;
+// Walks through the entries of a partition row by row, in ascending order: `entry(entries, source, e, end, is_first)` for each
+// valid entry of a row, those of one source after those of another, and after the last of a row `row(id)`.
+template <typename OnEntry, typename OnRow>
+inline __attribute__((always_inline)) void ForEachRow(const PartitionTask& t, OnEntry entry, OnRow row) {
   for (int64_t s = 0; s < t.num_sources; ++s) {
     const int64_t begin = PartitionBegin(t.entries[s], t.partition);
     t.cursors[s] = {begin, PartitionEnd(t.entries[s], t.partition, begin)};
@@ -135,46 +131,106 @@ void UpdateRows(const UpdateTask& t) {
       found = true;
     }
     if (!found) return;
+    const bool exists = InRange(id, t.rows_per_partition);
     bool touched = false;
     for (int64_t s = 0; s < t.num_sources; ++s) {
       const Entries& entries = t.entries[s];
-      const float* const source_gradient = t.gradient + s / t.num_minibatches * t.num_samples * dim;
       const int64_t end = t.cursors[s].end;
       int64_t e = t.cursors[s].next;
       for (; e < end && entries.ids[e] == id; ++e) {
-        if (e + kPrefetchEntries < end && InRange(entries.ids[e + kPrefetchEntries], t.rows_per_partition)) {
-          for (int k = 0; k <= Rule::kSlots; ++k) {
-            if (StateColumns(Rule::kRowWise, k, 0) == 1) {
-              __builtin_prefetch(t.state[k] + entries.ids[e + kPrefetchEntries], 0, 3);
-            } else {
-              PrefetchRow<kDim>(t.state[k] + entries.ids[e + kPrefetchEntries] * dim, dim);
-            }
-          }
-        }
-        const int32_t sample = entries.samples[e];
-        if (!InRange(sample, t.num_samples)) continue;
-        const float* __restrict gradient = source_gradient + sample * dim;
-        const float gain = entries.gains[e];
-        if (touched) {
-          for (int64_t i = 0; i < dim; ++i) sum[i] += gain * gradient[i];
-        } else {
-          for (int64_t i = 0; i < dim; ++i) sum[i] = gain * gradient[i];
-          touched = true;
-        }
+        if (!exists || !InRange(entries.samples[e], t.num_samples)) continue;
+        entry(entries, s, e, end, !touched);
+        touched = true;
       }
       t.cursors[s].next = e;
     }
-    if (!touched || !InRange(id, t.rows_per_partition)) continue;
-    float* rows[1 + kMaxSlots];
-    for (int k = 0; k <= Rule::kSlots; ++k) rows[k] = t.state[k] + id * StateColumns(Rule::kRowWise, k, dim);
-    // Columns of padding may hold anything, and a rule of whole rows must not see it.
-    if (prepares) PrepareRow(options, sum, rows[0], t.width);
-    rule.template Row<kDim>(sum, rows, dim);
-    if (limits) {
-      float* __restrict w = rows[0];
-      for (int64_t i = 0; i < t.width; ++i) w[i] = w[i] < options.min ? options.min : w[i] > options.max ? options.max : w[i];
-    }
+    if (touched) row(id);
   }
+}
+
+int64_t ListRows(const ListTask& t) {
+  int32_t slot = t.first_slot;
+  ForEachRow(
+      t,
+      [&](const Entries& entries, int64_t, int64_t e, int64_t, bool) {
+        if (t.slots != nullptr) t.slots[entries.ids - t.ids_base + e] = slot;
+      },
+      [&](int32_t id) {
+        if (t.rows != nullptr) t.rows[slot - t.first_slot] = t.first_row + id;
+        ++slot;
+      });
+  return slot - t.first_slot;
+}
+
+// Adds an entry to the gradient of its row.
+template <int kDim>
+inline __attribute__((always_inline)) void AddGradient(const GradientTask& t, const Entries& entries, int64_t source, int64_t e,
+                                                       bool is_first) {
+  const int64_t dim = Length<kDim>(t.dim);
+  const int64_t sample = source / t.num_minibatches * t.num_samples + entries.samples[e];
+  const float* __restrict gradient = t.gradient + sample * dim;
+  const float gain = entries.gains[e];
+  float* __restrict sum = t.sum;
+  if (is_first) {
+    for (int64_t i = 0; i < dim; ++i) sum[i] = gain * gradient[i];
+  } else {
+    for (int64_t i = 0; i < dim; ++i) sum[i] += gain * gradient[i];
+  }
+}
+
+template <int kDim>
+int64_t SumRows(const SumTask& t) {
+  const int64_t dim = Length<kDim>(t.dim);
+  int64_t count = 0;
+  ForEachRow(
+      t,
+      [&](const Entries& entries, int64_t source, int64_t e, int64_t, bool is_first) {
+        AddGradient<kDim>(t, entries, source, e, is_first);
+      },
+      [&](int32_t id) {
+        t.rows[count] = t.first_row + id;
+        float* __restrict out = t.sums + count * dim;
+        for (int64_t i = 0; i < dim; ++i) out[i] = t.sum[i];
+        ++count;
+      });
+  return count;
+}
+
+template <typename Rule, int kDim>
+void UpdateRows(const UpdateTask& t) {
+  const int64_t dim = Length<kDim>(t.dim);
+  const Rule rule(t.hyperparameters, t.width);
+  const RowOptions options = t.options;
+  const bool prepares = options.clip_value < HUGE_VALF || options.clip_norm < HUGE_VALF || options.l2 != 0 || options.decay != 0;
+  const bool limits = options.min > -HUGE_VALF || options.max < HUGE_VALF;
+  const auto prefetch = [&](int64_t id) {
+    for (int k = 0; k <= Rule::kSlots; ++k) {
+      if (StateColumns(Rule::kRowWise, k, 0) == 1) {
+        __builtin_prefetch(t.state[k] + id, 0, 3);
+      } else {
+        PrefetchRow<kDim>(t.state[k] + id * dim, dim);
+      }
+    }
+  };
+  ForEachRow(
+      t,
+      [&](const Entries& entries, int64_t source, int64_t e, int64_t end, bool is_first) {
+        if (e + kPrefetchEntries < end && InRange(entries.ids[e + kPrefetchEntries], t.rows_per_partition)) {
+          prefetch(entries.ids[e + kPrefetchEntries]);
+        }
+        AddGradient<kDim>(t, entries, source, e, is_first);
+      },
+      [&](int32_t id) {
+        float* rows[1 + kMaxSlots];
+        for (int k = 0; k <= Rule::kSlots; ++k) rows[k] = t.state[k] + id * StateColumns(Rule::kRowWise, k, dim);
+        // Columns of padding may hold anything, and a rule of whole rows must not see it.
+        if (prepares) PrepareRow(options, t.sum, rows[0], t.width);
+        rule.template Row<kDim>(t.sum, rows, dim);
+        if (limits) {
+          float* __restrict w = rows[0];
+          for (int64_t i = 0; i < t.width; ++i) w[i] = w[i] < options.min ? options.min : w[i] > options.max ? options.max : w[i];
+        }
+      });
 }
 
 // Calls F<kDim> with kDim the length of a row if there is a loop compiled for it, else 0.
@@ -199,6 +255,12 @@ void Lookup(const LookupTask& t) {
   LookupFor(t.dim)(t);
 }
 
+int64_t Sum(const SumTask& t) {
+  using SumFunction = int64_t (*)(const SumTask&);
+  const auto choose = [](int64_t dim) -> SumFunction { EMBAX_DISPATCH_DIM(dim, SumRows, ) };
+  return choose(t.dim)(t);
+}
+
 using UpdateFunction = void (*)(const UpdateTask&);
 template <typename Rule>
 UpdateFunction UpdateFor(int64_t dim) { EMBAX_DISPATCH_DIM(dim, UpdateRows, Rule, ) }
@@ -218,7 +280,7 @@ constexpr RowRule kRules[] = {EMBAX_ROW_RULES(EMBAX_RULE)};
 }  // namespace
 
 extern const RowKernels kKernels;
-const RowKernels kKernels = {EMBAX_STRING(EMBAX_ISA), &Lookup, kRules, sizeof(kRules) / sizeof(kRules[0])};
+const RowKernels kKernels = {EMBAX_STRING(EMBAX_ISA), &Lookup, &ListRows, &Sum, kRules, sizeof(kRules) / sizeof(kRules[0])};
 
 }  // namespace EMBAX_ISA
 }  // namespace embax

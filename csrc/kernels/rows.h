@@ -53,24 +53,47 @@ struct RowOptions {
   float clip_value = HUGE_VALF, clip_norm = HUGE_VALF, l2 = 0, min = -HUGE_VALF, max = HUGE_VALF, decay = 0;
 };
 
-// For each row of one partition that an entry names: the gradient of the row is the sum over its entries, SparseCore by
-// SparseCore, of gain * gradient[SparseCore, sample]; the rule then changes the row once.
-struct UpdateTask {
+// The entries of one partition, of all SparseCores of the device.
+struct PartitionTask {
   const Entries* entries;  // [num_sources], of each minibatch of each SparseCore of the device
   int64_t num_sources;
   int64_t num_minibatches;
   int64_t partition;
+  int64_t num_samples;         // Of a SparseCore.
+  int64_t rows_per_partition;  // What ids must be below.
+  Cursor* cursors;             // scratch, [num_sources]
+};
+
+// Lists the rows that entries name, each once, ascending; returns their number.
+struct ListTask : PartitionTask {
+  int32_t first_row;        // Of the partition.
+  int32_t first_slot;       // Place in the list of the first row.
+  int32_t* rows;            // The list from first_slot on, or null: count them only.
+  const int32_t* ids_base;  // What `Entries::ids` point into; may be null where there are no slots.
+  int32_t* slots;           // Parallel to `ids_base`: for each entry the place of its row in the list. May be null.
+};
+
+// The gradient of a row is the sum over its entries, SparseCore by SparseCore, of gain * gradient[SparseCore, sample].
+struct GradientTask : PartitionTask {
   const float* gradient;  // [num_sources / num_minibatches, num_samples, dim]
-  int64_t num_samples;
+  int64_t dim;
+  float* sum;  // scratch, [dim]
+};
+
+// Lists rows as ListTask does, and their gradients; returns their number.
+struct SumTask : GradientTask {
+  int32_t first_row;
+  int32_t* rows;  // The list, from the first row of the partition on.
+  float* sums;    // Likewise, [.., dim].
+};
+
+// Changes each row that an entry names once, by the rule and the row's gradient.
+struct UpdateTask : GradientTask {
   // Table and slots: the [rows_per_partition, dim] of this partition, [rows_per_partition] of a slot of one value a row.
   float* state[1 + kMaxSlots];
-  int64_t rows_per_partition;
-  int64_t dim;
   int64_t width;  // Columns that are not padding.
   RowOptions options;
   const float* hyperparameters;
-  Cursor* cursors;   // scratch, [num_sources]
-  float* sum;              // scratch, [dim]
 };
 
 struct RowRule {
@@ -89,6 +112,8 @@ static inline int64_t StateColumns(unsigned row_wise, int state, int64_t dim) {
 struct RowKernels {
   const char* isa;
   void (*lookup)(const LookupTask&);
+  int64_t (*list_rows)(const ListTask&);
+  int64_t (*sum_rows)(const SumTask&);
   const RowRule* rules;
   int num_rules;
 };

@@ -25,6 +25,11 @@ from embax._preprocess.sizes import compute_theoretical_max_coo_buffer_size as c
 from embax._preprocess.stats import SparseDenseMatmulInputStats as SparseDenseMatmulInputStats
 from embax._rows import load_tables as load_tables
 from embax._rows import write_rows as write_rows
+from embax._sparse_gradients import SparseGradient as SparseGradient
+from embax._sparse_gradients import apply_sparse_gradients as apply_sparse_gradients
+from embax._sparse_gradients import global_norm as global_norm
+from embax._sparse_gradients import sparse_gradients as sparse_gradients
+from embax._sparse_gradients import sum_sparse_gradients as sum_sparse_gradients
 from embax._specs import FeatureIdTransformation as FeatureIdTransformation
 from embax._specs import FeatureSpec as FeatureSpec
 from embax._specs import QuantizationConfig as QuantizationConfig

@@ -69,8 +69,8 @@ def _note_differentiated(variables: dict[str, Any], settings: LookupSettings) ->
             raise ValueError(
                 f"Stack {stack.name!r} is looked up twice in one differentiated step. The backward pass of a lookup "
                 "updates the tables, and two updates of one table cannot be added. Look both batches up in one call (as "
-                "features that share the table, or as one larger batch), differentiate once, or use embax.lookup and "
-                "embax.apply_gradients."
+                "features that share the table, or as one larger batch), differentiate once, or use embax.lookup, "
+                "embax.sparse_gradients of each batch and embax.apply_sparse_gradients of their sum."
             )
         _differentiated[id(table)] = table
 

@@ -173,13 +173,7 @@ def update_features(
     geometry = make_geometry(plan, packed)
     chosen = [number for number, stack in enumerate(plan.stacks) if stack.name not in frozen]
     stacks = [plan.stacks[number] for number in chosen]
-    stacked = []
-    for number, stack in zip(chosen, stacks, strict=True):
-        placed, parts = packed.layout.stacks[number], []
-        for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
-            check_activations("gradient", feature, batch, gradients[feature.leaf])
-            parts.append(gradients[feature.leaf].astype(jnp.float32))
-        stacked.append(stack_gradients(parts, stack, placed, packed.layout))
+    stacked = stacked_gradients(gradients, packed, plan, chosen)
     axis = axis_of(plan, axis_name)
     if skip_nonfinite:
         packed = _without_entries(packed, ~_all_finite(stacked, axis))
@@ -198,6 +192,32 @@ def update_features(
         for stack, state in zip(stacks, new, strict=True)
     }
     return {name: updated.get(name, state) for name, state in variables.items()}
+
+
+def stacked_gradients(
+    gradients: Sequence[jax.Array], packed: PreprocessedInput, plan: Plan, chosen: Sequence[int]
+) -> list[jax.Array]:
+    """float32[samples, dim] of the chosen stacks, from the gradients of each feature, which are checked."""
+    stacked = []
+    for number in chosen:
+        stack, placed, parts = plan.stacks[number], packed.layout.stacks[number], []
+        for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
+            check_activations("gradient", feature, batch, gradients[feature.leaf])
+            parts.append(gradients[feature.leaf].astype(jnp.float32))
+        stacked.append(stack_gradients(parts, stack, placed, packed.layout))
+    return stacked
+
+
+def ordered_after(activations: Any, packed: PreprocessedInput, plan: Plan, structure: PyTreeDef) -> list[jax.Array]:
+    """Activations of one feature of each stack, which an update is to wait for, or nothing where `activations` is None."""
+    if activations is None:
+        return []
+    after, by_leaf = [], flatten_like(activations, structure, "activations")
+    for stack, placed in zip(plan.stacks, packed.layout.stacks, strict=True):
+        for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
+            check_activations("activation", feature, batch, by_leaf[feature.leaf])
+        after.append(by_leaf[stack.features[0].leaf])
+    return after
 
 
 def _all_finite(gradients: Sequence[jax.Array], axis: Any) -> Bool[Array, ""]:
@@ -284,14 +304,8 @@ def apply_gradients(
         ...     return embax.apply_gradients(gradients, packed, variables, specs=specs, activations=activations)
     """
     plan, structure = make_plan(specs), feature_structure(specs)
-    after = []
-    if activations is not None:
-        by_leaf = flatten_like(activations, structure, "activations")
-        make_geometry(plan, packed)  # Checks the batch, whose sizes come next.
-        for stack, placed in zip(plan.stacks, packed.layout.stacks, strict=True):
-            for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
-                check_activations("activation", feature, batch, by_leaf[feature.leaf])
-            after.append(by_leaf[stack.features[0].leaf])
+    make_geometry(plan, packed)  # Checks the batch, whose sizes come next.
+    after = ordered_after(activations, packed, plan, structure)
     leaves = flatten_like(gradients, structure, "gradients")
     skip_nonfinite = boolean("apply_gradients", "skip_nonfinite", skip_nonfinite)
     row_limits = checked_limits(embedding_var_limits, plan)

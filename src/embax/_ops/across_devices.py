@@ -8,11 +8,12 @@ import jax
 
 from embax._ops import sparsecore
 from embax._ops.backend import backend_on, chosen_backend
-from embax._ops.exchange import lookup_exchanging, update_exchanging
+from embax._ops.exchange import gather_row_gradients, lookup_exchanging, update_exchanging
 from embax._ops.geometry import Geometry
 from embax._ops.lookup import lookup_stacks
+from embax._ops.row_sums import row_gradients
 from embax._ops.row_update import RowLimits
-from embax._ops.update import update_stacks
+from embax._ops.update import opaque_zero, update_stacks
 from embax._preprocess.buffers import PreprocessedInput
 
 
@@ -86,3 +87,19 @@ def update_across(
         lambda chosen, part: update_stacks(packed, *chosen_ones(chosen), part, step, limits_of(chosen)),
         lambda chosen, part: update_exchanging(packed, *chosen_ones(chosen), part, axis, step, limits_of(chosen)),
     )
+
+
+def gradients_across(
+    packed: PreprocessedInput,
+    gradients: Sequence[jax.Array],
+    num_rows: Sequence[int],
+    after: Sequence[jax.Array],
+    geometry: Geometry,
+    axis: Any,
+) -> list[tuple[jax.Array, jax.Array]]:
+    """For each stack the rows that a batch touched on this device, and their gradients; see `gather_row_gradients`."""
+    if axis is not None:
+        return gather_row_gradients(packed, gradients, num_rows, after, geometry, axis)
+    sums = row_gradients(packed, gradients, num_rows, geometry)
+    orders = [opaque_zero(array) if array.size else 0 for array in after] or [0] * len(sums)
+    return [(one.rows + order, one.gradients) for one, order in zip(sums, orders, strict=True)]

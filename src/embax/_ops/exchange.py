@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from embax._checks import INT32_MAX, next_multiple
 from embax._ops.geometry import Geometry, StackGeometry
 from embax._ops.lookup import lookup_stacks, quantize
-from embax._ops.row_sums import distinct_rows, row_gradients
+from embax._ops.row_sums import RowSums, distinct_rows, group, row_gradients, sum_groups
 from embax._ops.row_update import RowLimits
 from embax._ops.update import apply_rows, opaque_zero
 from embax._preprocess.buffers import PreprocessedInput
@@ -36,6 +36,13 @@ def rows_per_round(stack: StackGeometry, geometry: Geometry) -> int:
     by_entries = math.ceil(mean + 5 * math.sqrt(mean)) + _ALIGNMENT
     by_limits = geometry.sparsecores_per_device**2 * stack.max_unique_ids_per_partition
     return next_multiple(max(min(by_entries, by_limits, stack.capacity), 1), _ALIGNMENT)
+
+
+def _take(array: jax.Array, places: jax.Array, fill_value: int) -> jax.Array:
+    """`array[places]`, and `fill_value` where there is no such place; also of an array that has none at all."""
+    if array.shape[0] == 0:
+        return jnp.full((*places.shape, *array.shape[1:]), fill_value, array.dtype)
+    return array.at[places].get(mode="fill", fill_value=fill_value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +72,7 @@ class _Outgoing:
     def bound(self, starts: jax.Array) -> jax.Array:
         """int32[num_devices]: the first row that does not fit into a round, `INT32_MAX` where all fit."""
         last = starts + self.size
-        return jnp.where(last < self.ends, self.rows.at[last].get(mode="fill", fill_value=INT32_MAX), INT32_MAX)
+        return jnp.where(last < self.ends, _take(self.rows, last, INT32_MAX), INT32_MAX)
 
     def round(self, starts: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The rows of a round that ends at `bound`.
@@ -75,7 +82,7 @@ class _Outgoing:
             round starts, int32[num_devices].
         """
         places, exist = self.window(starts)
-        rows = jnp.where(exist, self.rows.at[places].get(mode="fill", fill_value=INT32_MAX), INT32_MAX)
+        rows = jnp.where(exist, _take(self.rows, places, INT32_MAX), INT32_MAX)
         taken = rows < bound[:, None]
         return places, jnp.where(taken, rows, INT32_MAX), starts + jnp.sum(taken, axis=1, dtype=jnp.int32)
 
@@ -152,7 +159,7 @@ def lookup_exchanging(
         for stack, table, one, place, asking in zip(geometry.stacks, tables, outgoing, places, rows, strict=True):
             wanted = asked[:, start : start + one.size]
             start += one.size
-            values = table.at[wanted].get(mode="fill", fill_value=0)
+            values = _take(table, wanted, 0)
             received = _to_owners(quantize(values, stack.quantization), axis)
             found.append(received.reshape(-1, *table.shape[1:]))
             own = jax.lax.slice_in_dim(slots, stack.entries_start, stack.entries_start + stack.capacity)
@@ -211,22 +218,102 @@ def update_exchanging(
     Returns:
         New table and slots of each stack.
     """
-    sums = row_gradients(packed, gradients, [state[0].shape[0] for state in states], geometry)
-    # What is sent waits for the lookup.
+    num_rows = [state[0].shape[0] for state in states]
+    sums, outgoing = _outgoing_gradients(packed, gradients, num_rows, after, geometry)
+
+    def one_round(states, places, rows):
+        wanted, received = _sent_gradients(sums, outgoing, places, rows, axis)
+        return apply_rows(wanted, received, states, (), geometry, step, limits)
+
+    return _in_rounds(outgoing, axis, [tuple(state) for state in states], one_round)
+
+
+def _outgoing_gradients(
+    packed: PreprocessedInput,
+    gradients: Sequence[jax.Array],
+    num_rows: Sequence[int],
+    after: Sequence[jax.Array],
+    geometry: Geometry,
+) -> tuple[list[RowSums], list[_Outgoing]]:
+    """The gradients of the rows that a device names, which wait for the lookup, and their way to the owners."""
+    sums = row_gradients(packed, gradients, num_rows, geometry)
     orders = [opaque_zero(array) if array.size else jnp.int32(0) for array in after] or [jnp.int32(0)] * len(sums)
     outgoing = [
         _Outgoing(one.rows, one.ends + order, rows_per_round(stack, geometry))
         for one, order, stack in zip(sums, orders, geometry.stacks, strict=True)
     ]
+    return sums, outgoing
 
-    def one_round(states, places, rows):
-        asked = _to_owners(jnp.concatenate(rows, axis=1), axis)
-        wanted, received, start = [], [], 0
-        for one, to, place in zip(sums, outgoing, places, strict=True):
-            wanted.append(asked[:, start : start + to.size].reshape(-1))
-            start += to.size
-            sent = _to_owners(one.gradients.at[place].get(mode="fill", fill_value=0), axis)
-            received.append(sent.reshape(-1, *sent.shape[2:]))
-        return apply_rows(wanted, received, states, (), geometry, step, limits)
 
-    return _in_rounds(outgoing, axis, [tuple(state) for state in states], one_round)
+def _sent_gradients(
+    sums: Sequence[RowSums],
+    outgoing: Sequence[_Outgoing],
+    places: Sequence[jax.Array],
+    rows: Sequence[jax.Array],
+    axis: Any,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """What the devices send each other in a round: of each stack int32[n] rows of the receiver, and their gradients."""
+    asked = _to_owners(jnp.concatenate(rows, axis=1), axis)
+    wanted, received, start = [], [], 0
+    for one, to, place in zip(sums, outgoing, places, strict=True):
+        wanted.append(asked[:, start : start + to.size].reshape(-1))
+        start += to.size
+        sent = _to_owners(_take(one.gradients, place, 0), axis)
+        received.append(sent.reshape(-1, *sent.shape[2:]))
+    return wanted, received
+
+
+def gather_row_gradients(
+    packed: PreprocessedInput,
+    gradients: Sequence[jax.Array],
+    num_rows: Sequence[int],
+    after: Sequence[jax.Array],
+    geometry: Geometry,
+    axis: Any,
+) -> list[tuple[jax.Array, jax.Array]]:
+    """The gradients of the rows that a batch touched, on the devices that own them.
+
+    Args:
+        packed: one device's part of a batch.
+        gradients: float32[samples, dim] of each stack, shaped like its activations.
+        num_rows: of each stack, the rows of its table on each device.
+        after: see `update_stacks`.
+        geometry: static.
+        axis: name of the mesh axis that the rows are spread over, or a tuple of names.
+
+    Returns:
+        For each stack `(rows, gradients)`: int32[n] distinct ascending rows, `INT32_MAX` behind the last, and float32[n, dim].
+    """
+    sums, outgoing = _outgoing_gradients(packed, gradients, num_rows, after, geometry)
+    # What the limits of the batch let all devices name on one.
+    devices = geometry.num_devices
+    rooms = [
+        min(
+            devices * min(geometry.sparsecores_per_device**2 * stack.max_unique_ids_per_partition, stack.capacity), rows
+        )
+        for stack, rows in zip(geometry.stacks, num_rows, strict=True)
+    ]
+
+    def one_round(carry, places, rows):
+        filled, lists = carry
+        wanted, received = _sent_gradients(sums, outgoing, places, rows, axis)
+        counts, longer = [], []
+        for have, all_rows, all_values, new_rows, new_values in zip(
+            filled, *zip(*lists, strict=True), wanted, received, strict=True
+        ):
+            grouped = group(jnp.where(new_rows == INT32_MAX, 1, 0), new_rows, 1)
+            values = sum_groups(grouped, new_values[grouped.order])
+            # Behind the last row of a round come ones that the next round overwrites.
+            at = (jax.lax.dynamic_update_slice_in_dim(all_rows, grouped.rows, have, axis=0),)
+            longer.append((*at, jax.lax.dynamic_update_slice_in_dim(all_values, values, have, axis=0)))
+            counts.append(have + grouped.ends[-1])
+        return jnp.stack(counts), longer
+
+    lists = []
+    for one, to, room in zip(sums, outgoing, rooms, strict=True):
+        size = room + devices * to.size
+        values = jnp.zeros((size, *one.gradients.shape[1:]), one.gradients.dtype)
+        lists.append((jnp.full(size, INT32_MAX, jnp.int32), values))
+    start = (jnp.zeros(len(sums), jnp.int32), lists)
+    _, lists = _in_rounds(outgoing, axis, start, one_round)
+    return [(rows[:room], values[:room]) for (rows, values), room in zip(lists, rooms, strict=True)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -238,3 +239,23 @@ def make_geometry(plan: Plan, packed: PreprocessedInput) -> Geometry:
         max_minibatches=MAX_MINIBATCHES if layout.minibatched else 0,
         num_devices=plan.num_devices,
     )
+
+
+def update_geometry(plan: Plan, chosen: Sequence[int]) -> Geometry:
+    """What updates of rows of the chosen stacks need to know, where there is no batch."""
+    stacks = tuple(
+        StackGeometry(
+            name=stack.name,
+            row_pointers_start=0,
+            entries_start=0,
+            capacity=0,
+            samples_per_sparsecore=0,
+            quantization=None,
+            width=stack.width,
+            max_ids_per_partition=0,
+            max_unique_ids_per_partition=0,
+            optimizer=stack.optimizer,
+        )
+        for stack in (plan.stacks[number] for number in chosen)
+    )
+    return Geometry(stacks, plan.num_sparsecores, 0, plan.num_devices)

@@ -127,6 +127,28 @@ def update(
     Returns:
         Table and slots of each stack.
     """
+    first_state = len(packed) + 1 + len(geometry.stacks)
+    return _in_place(
+        "embax_update",
+        [*packed, hyperparameters, *operands],
+        first_state,
+        geometry,
+        num_hyperparameters,
+        limits,
+        **_packed_attributes(geometry),
+    )
+
+
+def _in_place(
+    target: str,
+    operands: Sequence[jax.Array],
+    first_state: int,
+    geometry: Geometry,
+    num_hyperparameters: Sequence[int],
+    limits: Sequence[RowLimits],
+    **attributes: Any,
+) -> Sequence[jax.Array]:
+    """Calls a kernel that updates the tables and slots among its operands, from `first_state` on."""
     register()
     optimizers = [optimizer_of(stack) for stack in geometry.stacks]
     for optimizer, given in zip(optimizers, num_hyperparameters, strict=True):
@@ -138,18 +160,55 @@ def update(
                 "native_rule."
             )
     num_states = sum(1 + optimizer.slot_variables_count() for optimizer in optimizers)
-    states = operands[len(optimizers) :][:num_states]
-    first_state = len(packed) + 1 + len(optimizers)
+    states = operands[first_state : first_state + num_states]
     return jax.ffi.ffi_call(
-        "embax_update",
+        target,
         [jax.ShapeDtypeStruct(state.shape, state.dtype) for state in states],
         input_output_aliases={first_state + k: k for k in range(num_states)},
     )(
-        *packed,
-        hyperparameters,
         *operands,
-        **_packed_attributes(geometry),
+        **attributes,
         rules=np.array([ROW_RULES[optimizer.native_rule][0] for optimizer in optimizers], np.int64),
         num_hyperparameters=np.array(num_hyperparameters, np.int64),
         options=_row_options(geometry, limits),
     )
+
+
+def apply_rows(
+    hyperparameters: jax.Array,
+    operands: Sequence[jax.Array],
+    *,
+    geometry: Geometry,
+    num_hyperparameters: Sequence[int],
+    limits: Sequence[RowLimits],
+) -> Sequence[jax.Array]:
+    """`apply_rows_p` on CPU; `operands` are the rows of each stack, and behind them what `update` takes."""
+    num_stacks = len(geometry.stacks)
+    return _in_place(
+        "embax_apply_rows", [hyperparameters, *operands], 1 + 2 * num_stacks, geometry, num_hyperparameters, limits
+    )
+
+
+def _lists(target: str, operands: Sequence[jax.Array], shapes, geometry: Geometry, num_rows: Sequence[int]):
+    register()
+    attributes = _packed_attributes(geometry)
+    return jax.ffi.ffi_call(target, shapes)(*operands, **attributes, num_rows=np.array(num_rows, np.int64))
+
+
+def distinct_rows(packed: Sequence[jax.Array], geometry: Geometry, num_rows: Sequence[int]) -> Sequence[jax.Array]:
+    """`distinct_rows_p` on CPU."""
+    shapes = [jax.ShapeDtypeStruct(packed[1].shape, np.int32)]
+    for stack in geometry.stacks:
+        shapes += [jax.ShapeDtypeStruct((size,), np.int32) for size in (stack.capacity, geometry.num_devices)]
+    return _lists("embax_distinct_rows", packed, shapes, geometry, num_rows)
+
+
+def row_gradients(
+    packed: Sequence[jax.Array], gradients: Sequence[jax.Array], geometry: Geometry, num_rows: Sequence[int]
+) -> Sequence[jax.Array]:
+    """`row_gradients_p` on CPU."""
+    shapes = []
+    for stack, gradient in zip(geometry.stacks, gradients, strict=True):
+        shapes += [jax.ShapeDtypeStruct((size,), np.int32) for size in (stack.capacity, geometry.num_devices)]
+        shapes.append(jax.ShapeDtypeStruct((stack.capacity, *gradient.shape[1:]), np.float32))
+    return _lists("embax_row_gradients", [*packed, *gradients], shapes, geometry, num_rows)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from embax._checks import INT32_MAX
+from embax._ops import native
 from embax._ops.geometry import Geometry, StackGeometry, packed_operands
 from embax._ops.primitive import bind, define
 from embax._ops.segments import count_up_to, entries_of, owners_and_rows, sum_runs
@@ -132,10 +133,14 @@ def _portable_row_gradients(*operands, geometry: Geometry, num_rows: tuple[int, 
     ]
 
 
+def _native_row_gradients(*operands, geometry: Geometry, num_rows: tuple[int, ...]):
+    return native.row_gradients(operands[:5], operands[5:], geometry, num_rows)
+
+
 row_gradients_p = define(
     "embax_row_gradients",
     _row_gradients_shapes,
-    {"portable": _portable_row_gradients},
+    {"native": _native_row_gradients, "portable": _portable_row_gradients},
     derivative="The gradients of rows are the end of a backward pass and have no derivative of their own.",
     batching="Make one larger batch instead.",
 )
@@ -183,10 +188,14 @@ def _portable_distinct_rows(*operands, geometry: Geometry, num_rows: tuple[int, 
     return [slots, *lists]
 
 
+def _native_distinct_rows(*operands, geometry: Geometry, num_rows: tuple[int, ...]):
+    return native.distinct_rows(operands, geometry, num_rows)
+
+
 distinct_rows_p = define(
     "embax_distinct_rows",
     _distinct_rows_shapes,
-    {"portable": _portable_distinct_rows},
+    {"native": _native_distinct_rows, "portable": _portable_distinct_rows},
     derivative="It has integers alone.",
     batching="Make one larger batch instead.",
 )

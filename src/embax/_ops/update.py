@@ -264,6 +264,12 @@ def _portable_apply_rows(hyperparameters: jax.Array, *operands, geometry: Geomet
     ]
 
 
+def _native_apply_rows(hyperparameters: jax.Array, *operands, geometry: Geometry, **params):
+    if _without_rule(geometry):
+        return _portable_apply_rows(hyperparameters, *operands, geometry=geometry, **params)
+    return native.apply_rows(hyperparameters, operands, geometry=geometry, **params)
+
+
 def _apply_rows_shapes(*operands, geometry: Geometry, **params):
     del params
     first = 1 + 2 * len(geometry.stacks)
@@ -273,7 +279,7 @@ def _apply_rows_shapes(*operands, geometry: Geometry, **params):
 apply_rows_p = define(
     "embax_apply_rows",
     _apply_rows_shapes,
-    {"portable": _portable_apply_rows},
+    {"native": _native_apply_rows, "portable": _portable_apply_rows},
     derivative="The update of tables is the end of a backward pass and has no derivative of its own.",
     batching="Make one larger batch instead.",
 )
