@@ -21,21 +21,25 @@ from embax._ops.lookup import lookup_stacks, quantize
 from embax._ops.row_sums import RowSums, distinct_rows, group, row_gradients, sum_groups
 from embax._ops.row_update import RowLimits
 from embax._ops.update import apply_rows, opaque_zero
-from embax._preprocess.buffers import PreprocessedInput
+from embax._preprocess.buffers import PreprocessedInput, StackLayout
 
 _ALIGNMENT = 8
 
 
-def rows_per_round(stack: StackGeometry, geometry: Geometry) -> int:
+def rows_per_round(stack: StackGeometry | StackLayout, num_devices: int, sparsecores_per_device: int) -> int:
     """Rows of a stack that a device sends to each other device in one round.
 
     Enough for ids that are spread over the devices at random, and no more than the limits of the batch allow: what one device
     sends in a round, to all devices, is little more than the entries of its buffer.
     """
-    mean = stack.capacity / geometry.num_devices
+    mean = stack.capacity / num_devices
     by_entries = math.ceil(mean + 5 * math.sqrt(mean)) + _ALIGNMENT
-    by_limits = geometry.sparsecores_per_device**2 * stack.max_unique_ids_per_partition
+    by_limits = sparsecores_per_device**2 * stack.max_unique_ids_per_partition
     return next_multiple(max(min(by_entries, by_limits, stack.capacity), 1), _ALIGNMENT)
+
+
+def _round_sizes(geometry: Geometry) -> list[int]:
+    return [rows_per_round(stack, geometry.num_devices, geometry.sparsecores_per_device) for stack in geometry.stacks]
 
 
 def _take(array: jax.Array, places: jax.Array, fill_value: int) -> jax.Array:
@@ -147,7 +151,7 @@ def lookup_exchanging(
         float32[sparsecores_per_device * samples_per_sparsecore, dim] of each stack, without dim where its table has none.
     """
     slots, lists = distinct_rows(packed, [table.shape[0] for table in tables], geometry)
-    sizes = [rows_per_round(stack, geometry) for stack in geometry.stacks]
+    sizes = _round_sizes(geometry)
     outgoing = [_Outgoing(rows, ends, size) for (rows, ends), size in zip(lists, sizes, strict=True)]
     # The values of an owner are rounded before they are sent.
     plain = tuple(dataclasses.replace(stack, quantization=None) for stack in geometry.stacks)
@@ -239,8 +243,8 @@ def _outgoing_gradients(
     sums = row_gradients(packed, gradients, num_rows, geometry)
     orders = [opaque_zero(array) if array.size else jnp.int32(0) for array in after] or [jnp.int32(0)] * len(sums)
     outgoing = [
-        _Outgoing(one.rows, one.ends + order, rows_per_round(stack, geometry))
-        for one, order, stack in zip(sums, orders, geometry.stacks, strict=True)
+        _Outgoing(one.rows, one.ends + order, size)
+        for one, order, size in zip(sums, orders, _round_sizes(geometry), strict=True)
     ]
     return sums, outgoing
 
