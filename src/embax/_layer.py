@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from embax._checks import boolean
@@ -64,7 +65,7 @@ def known_lookups(lookups: Any) -> float:
         return 0
     if lookups.is_deleted() or not lookups.is_ready() or not lookups.is_fully_addressable:
         return 0
-    return float(lookups.max())
+    return float(np.asarray(lookups).max())
 
 
 def refuse_several(lookups: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from embax._blocks import empty_stack, put_logical
 from embax._format import in_table_format
 from embax._stacking.plan import Plan, StackPlan, make_plan, table_specs
 from embax._variables import EmbeddingVariables
@@ -16,7 +17,6 @@ from embax.checkpoint._extra import NamedLeaf, check_leaves, decode, named_leave
 from embax.checkpoint._format import EXTRA_DIRECTORY, Stored, check_array, check_files, read_metadata
 from embax.checkpoint._orbax import read_arrays
 from embax.checkpoint._save import resolve
-from embax._blocks import empty_stack, put_logical
 
 
 def read_table(stored: Stored, name: str, label: str) -> np.ndarray:

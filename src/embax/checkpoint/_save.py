@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from embax._blocks import take_logical
 from embax._matmul import check_variables
 from embax._stacking.plan import make_plan, table_specs
 from embax._variables import EmbeddingVariables
@@ -16,7 +17,6 @@ from embax.checkpoint._errors import CheckpointError
 from embax.checkpoint._extra import NamedLeaf, encode, named_leaves
 from embax.checkpoint._format import EXTRA_DIRECTORY, METADATA_FILE, array_checksum, array_directory, write_metadata
 from embax.checkpoint._orbax import write_arrays
-from embax._blocks import take_logical
 
 
 class TableGroup(NamedTuple):

@@ -246,8 +246,9 @@ class SparseCoreEmbed(nn.Module):
         return _with_tables(params, lambda old: write_rows(old, table, ids, values, specs=self._shell.specs))
 
     def load(self, params: Any, tables: Mapping[str, Any]) -> Any:
-        """The layer's parameters with given weights in the place of whole tables, see `embax.load_tables`, which takes over the
-        old ones. The module need not be bound.
+        """The layer's parameters with given weights in the place of whole tables. The module need not be bound.
+
+        The tables of `params` are donated: use the result only, see `embax.load_tables`.
 
         Args:
             params: the parameters of this layer, a dict that holds "sc_embedding_variables".
