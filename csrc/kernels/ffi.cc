@@ -4,8 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <exception>
 #include <functional>
 #include <string>
 #include <type_traits>
@@ -17,27 +15,19 @@
 
 #include "core/format.h"
 #include "core/parallel.h"
+#include "kernels/ffi_common.h"
 #include "kernels/rows.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace embax {
 namespace {
 
-namespace ffi = xla::ffi;
-
-using Int32s = ffi::Buffer<ffi::S32, 1>;
-using Floats = ffi::Buffer<ffi::F32, 1>;
 using Matrix = ffi::Buffer<ffi::F32, 2>;
-using Int64Span = ffi::Span<const int64_t>;
 using ResultMatrix = ffi::Result<Matrix>;
 using FloatSpan = ffi::Span<const float>;
 
 // Below this many bytes of rows the hand-off to other threads costs more than it gains.
 constexpr int64_t kInlineBytes = 256 << 10;
-
-ffi::Error Invalid(const std::string& what) {
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "embax: " + what);
-}
 
 // The arrays of a packed batch and where each stack lies in them (embax/_ops/geometry.py).
 class PackedBatch {
@@ -125,31 +115,6 @@ class PackedBatch {
   int64_t max_minibatches_, num_minibatches_;
   const Stack* stacks_;
   int64_t num_stacks_;
-};
-
-// Threads that a kernel may use: those of XLA's pool, or fewer if EMBAX_NUM_THREADS says so, which is read once: other
-// threads may change the environment later.
-int64_t NumThreads(ffi::ThreadPool pool) {
-  static const int64_t asked = [] {
-    const char* limit = std::getenv("EMBAX_NUM_THREADS");
-    return limit != nullptr ? std::atoll(limit) : 0;
-  }();
-  const int64_t available = std::max<int64_t>(pool.num_threads(), 1);
-  return asked > 0 ? std::min<int64_t>(asked, available) : available;
-}
-
-// A handler that runs `kHandler`; memory that cannot be had becomes an error of the computation.
-template <auto kHandler>
-struct Guarded;
-template <typename... Args, ffi::Error (*kHandler)(Args...)>
-struct Guarded<kHandler> {
-  static ffi::Error Run(Args... args) {
-    try {
-      return kHandler(args...);
-    } catch (const std::exception& error) {
-      return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("embax: ") + error.what());
-    }
-  }
 };
 
 // Runs one task for each stack and SparseCore on XLA's threads; `bytes` are the bytes of rows that all of them touch.
@@ -374,6 +339,6 @@ XLA_FFI_DEFINE_HANDLER(kFill, Guarded<Fill>::Run,
 }  // namespace
 
 const FfiHandler kFfiHandlers[] = {
-    {"embax_lookup", kLookup}, {"embax_update", kUpdate}, {"embax_fill", kFill}, {nullptr, nullptr}};
+    {"embax_lookup", kLookup}, {"embax_update", kUpdate}, {"embax_fill", kFill}, {"embax_pack", &EmbaxPack}, {nullptr, nullptr}};
 
 }  // namespace embax

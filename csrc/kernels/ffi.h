@@ -2,9 +2,11 @@
 #ifndef EMBAX_KERNELS_FFI_H_
 #define EMBAX_KERNELS_FFI_H_
 
-#include "xla/ffi/api/c_api.h"
+#include "xla/ffi/api/ffi.h"
 
 namespace embax {
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(EmbaxPack);
 
 struct FfiHandler {
   const char* name;
