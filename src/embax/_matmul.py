@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from embax._checks import is_finite_number
 from embax._ops.geometry import inside_shard_map, make_geometry
-from embax._ops.lookup import lookup_stacks
+from embax._ops.lookup import gain_gradients, lookup_stacks
 from embax._ops.row_update import NO_LIMITS, RowLimits
 from embax._ops.unstack import stack_gradients, unstack_activations
 from embax._ops.update import update_stacks
@@ -130,6 +130,26 @@ def lookup_features(
     return [features[leaf] for leaf in range(plan.num_features)], list(stacked)
 
 
+def stacked_gradients(gradients: Sequence[jax.Array], packed: PreprocessedInput, plan: Plan) -> list[jax.Array]:
+    """The gradients of each stack's activations, from those of each feature's in the order of the feature leaves."""
+    stacked = []
+    for stack, placed in zip(plan.stacks, packed.layout.stacks, strict=True):
+        parts = []
+        for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
+            check_activations("gradient", feature, batch, gradients[feature.leaf])
+            parts.append(gradients[feature.leaf].astype(jnp.float32))
+        stacked.append(stack_gradients(parts, stack, placed, packed.layout))
+    return stacked
+
+
+def gain_gradients_of_features(
+    gradients: Sequence[jax.Array], packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], plan: Plan
+) -> list[jax.Array]:
+    """float32[capacity] of each stack, see `gain_gradients`, from the gradients of each feature's activations."""
+    tables = [jax.tree.leaves(variables[stack.name])[0] for stack in plan.stacks]
+    return gain_gradients(stacked_gradients(gradients, packed, plan), packed, tables, make_geometry(plan, packed))
+
+
 def update_features(
     gradients: Sequence[jax.Array],
     packed: PreprocessedInput,
@@ -142,16 +162,9 @@ def update_features(
     """New variables from the gradients of each feature's activations; `after` and `limits` as in `update_stacks`."""
     check_variables(variables, plan)
     geometry = make_geometry(plan, packed)
-    stacked = []
-    for stack, placed in zip(plan.stacks, packed.layout.stacks, strict=True):
-        parts = []
-        for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
-            check_activations("gradient", feature, batch, gradients[feature.leaf])
-            parts.append(gradients[feature.leaf].astype(jnp.float32))
-        stacked.append(stack_gradients(parts, stack, placed, packed.layout))
     new = update_stacks(
         packed,
-        stacked,
+        stacked_gradients(gradients, packed, plan),
         [tuple(jax.tree.leaves(variables[stack.name])) for stack in plan.stacks],
         after,
         geometry,

@@ -70,7 +70,9 @@ def _bind(layout: PackedLayout, features: list[RawFeature]) -> list[jax.Array]:
     operands, structure = jax.tree.flatten(features)
     axes = frozenset[str]().union(*map(_varying_axes, operands))
     operands = [
-        jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if (missing := axes - _varying_axes(array)) else array
+        jax.lax.pcast(array, tuple(sorted(missing)), to="varying")
+        if (missing := axes - _varying_axes(array))
+        else array
         for array in operands
     ]
     return pack_p.bind(*operands, structure=structure, layout=layout, backend=chosen_backend())

@@ -43,6 +43,15 @@ class Samples(NamedTuple):
         # Behind the last sample lie only zeros of the ids that none has.
         return sums[jnp.clip(self.raw.row_splits[self.number + 1] - 1, 0, values.size - 1), 0]
 
+    def any(self, flags: jax.Array) -> jax.Array:
+        """For each id whether one of its sample has its flag, bool[n], set."""
+        if flags.size == 0 or self.batch == 0:
+            return flags
+        if self.raw.row_splits is None:
+            return jnp.any(flags.reshape(self.batch, -1), axis=1)[self.number]
+        before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(flags, dtype=jnp.int32)])
+        return before[self.raw.row_splits[self.number + 1]] > before[self.raw.row_splits[self.number]]
+
 
 class Gains(NamedTuple):
     """The gains of the ids of a feature, arrays of its n ids.
@@ -69,15 +78,12 @@ def gains_of(samples: Samples, feature: FeaturePlan, combiner: str) -> Gains:
     weights = jnp.where(valid, jnp.ones(valid.shape, jnp.float32) if raw.weights is None else raw.weights, 0.0)
     if combiner == "sum":
         return Gains(valid, weights, jnp.ones_like(weights), weights, invalid)
-    if combiner == "mean":
-        divisor = samples.sums(weights)
-    else:
-        divisor = jnp.sqrt(samples.sums(weights * weights))
+    divisor = samples.sums(weights) if combiner == "mean" else jnp.sqrt(samples.sums(weights * weights))
     gains = jnp.where(divisor == 0.0, 0.0, weights / jnp.where(divisor == 0.0, 1.0, divisor))
     unsound = ~jnp.isfinite(divisor) | ~jnp.isfinite(gains)
     if combiner == "sqrtn":  # Squares that are too small for float32.
         unsound = unsound | ((divisor == 0.0) & (weights != 0.0))
-    unsound = valid & (samples.sums(jnp.where(valid & unsound, 1.0, 0.0)) > 0.0)
+    unsound = valid & samples.any(valid & unsound)
     divisor, gains = jnp.where(unsound, 0.0, divisor), jnp.where(unsound, 0.0, gains)
     return Gains(valid, weights, divisor, gains, invalid + jnp.sum(unsound, dtype=jnp.int32))
 
@@ -94,7 +100,9 @@ class Places(NamedTuple):
     sample: jax.Array
 
 
-def places_of(samples: Samples, valid: jax.Array, feature: FeaturePlan, stack: StackLayout, layout: PackedLayout) -> Places:
+def places_of(
+    samples: Samples, valid: jax.Array, feature: FeaturePlan, stack: StackLayout, layout: PackedLayout
+) -> Places:
     """Where the ids of a feature are looked up and what."""
     sparsecores, partitions = layout.num_sparsecores_per_device, layout.num_sparsecores
     before = [-(-size // sparsecores) for size in stack.batch_sizes[: stack.features.index(feature)]]

@@ -22,7 +22,7 @@ _ALLOWED = (
     "arrays."
 )
 _OTHERWISE = (
-    "Else pack outside jit, where all forms are allowed, and pass the result of embax.preprocess into the jitted function."
+    "Or pack outside jit, where all forms are allowed, and pass what embax.preprocess returns into the jitted function."
 )
 
 
@@ -133,8 +133,8 @@ def _read_ragged(feature: FeaturePlan, ids: Ragged, weights: Any) -> tuple[RawFe
             raise ValueError(f"{owner}: its weights have {theirs.size - 1} samples, its ids have {splits.size - 1}.")
     if weights is not None and (not _is_array(weights) or weights.shape != values.shape):
         raise ValueError(
-            f"{owner}: its weights are {describe(weights)}, but there are {values.size} ids; inside jit the weights of ragged ids "
-            f"are a 1-d array, or embax.Ragged, of as many values, or None for ones. {_OTHERWISE}"
+            f"{owner}: its weights are {describe(weights)}, but there are {values.size} ids; inside jit those of ragged ids are "
+            f"a 1-d array, or embax.Ragged, of as many values, or None for ones. {_OTHERWISE}"
         )
     consistent, lost = _consistent_splits(_clipped(splits), None if theirs is None else _clipped(theirs), values.size)
     flat = None if weights is None else _weights(owner, weights)
