@@ -116,9 +116,8 @@ def host_packed(ids, weights, specs, **options):
     return embax.preprocess(ids, weights, specs=specs, enable_minibatching=True, validation="drop", **options)
 
 
-@pytest.mark.parametrize("sparsecores", [1, 3, 4])
-@pytest.mark.parametrize("backend", ["native", "portable"])
-def test_the_format_is_that_of_the_host(sparsecores, backend):
+@pytest.mark.parametrize(("backend", "sparsecores"), [("native", 1), ("native", 3), ("native", 4), ("portable", 3)])
+def test_the_format_is_that_of_the_host(backend, sparsecores):
     specs = model(sparsecores)
     pack = raw_packer(specs, backend)
     for seed, bad in ((0, False), (3, True), (6, True)):
@@ -161,17 +160,6 @@ def test_steps_are_those_of_host_packing_bit_for_bit(sparsecores):
     got = step(ours, raw, weights)[1]["mean"]["dense"]
     wanted = oracle.lookup(table, raw["mean"]["dense"], "mean", weights["mean"]["dense"])
     np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
-
-
-def test_portable_steps():
-    specs = model()
-    raw, weights, host, host_weights = draw(0)
-    variables = embax.init_embedding_variables(jax.random.key(0), specs)
-    packed = embax.preprocess(host, host_weights, specs=specs, limits="grow")
-    wanted = embax.lookup(packed, variables, specs=specs)
-    with embax.use_backend("portable"):
-        _, got = make_step(specs)(variables, raw, weights)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, wanted)
 
 
 def one_feature(combiner="sum", batch=4, valency=3, vocabulary=50, sparsecores=4, devices=1):
@@ -231,8 +219,9 @@ def test_no_id_is_lost_to_a_limit():
     assert np.sum(dense.sample_ids != 2**31 - 1) == 4000
 
 
-@pytest.mark.parametrize("batch", [0, 1, 2, 5])
-@pytest.mark.parametrize("backend", ["native", "portable"])
+@pytest.mark.parametrize(
+    ("backend", "batch"), [("native", 0), ("native", 1), ("native", 2), ("native", 5), ("portable", 0), ("portable", 5)]
+)
 def test_any_batch_size(batch, backend):
     specs = one_feature("mean")
     variables = embax.init_embedding_variables(jax.random.key(0), specs)
@@ -526,7 +515,7 @@ def test_gradients_of_other_types():
         given = packed.replace(gains=gains)
         return jnp.sum(lookup_and_update(plan, checked_limits(None, plan), variables, jnp.zeros(()), given, None)[0])
 
-    of_gains = np.asarray(jax.grad(loss_of_gains)(packed.gains))
+    of_gains = np.asarray(jax.jit(jax.grad(loss_of_gains))(packed.gains))
     np.testing.assert_allclose(sorted(of_gains[of_gains != 0]), sorted(rows[[1, 2, 3]]), rtol=1e-5)
 
 

@@ -83,10 +83,16 @@ def _flag(value: bool) -> tuple[()] | None:
     return () if value else None
 
 
+def _instantiated(cotangent: Any) -> jax.Array:
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        shape: Any = cotangent.shape
+        return jnp.zeros(shape, jnp.float32)
+    return cotangent
+
+
 def _backward(plan, limits, residuals, gradients):
     variables, packed, step, stacked, updates, of_gains = residuals
-    symbolic = jax.custom_derivatives.SymbolicZero
-    gradients = [jnp.zeros(g.shape, g.dtype) if isinstance(g, symbolic) else g for g in gradients]
+    gradients = list(map(_instantiated, gradients))
     new, of_packed, after = None, None, stacked
     if of_gains is not None:
         products = gain_gradients_of_features(gradients, packed, variables, plan)

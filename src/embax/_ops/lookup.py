@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,12 +80,13 @@ def gain_gradients(
         float32[capacity] of each stack, 0 where an entry is padding.
     """
     geometry.check_one_device()
+    arrays: Any = packed_operands(packed)
     products = []
     for gradient, table, stack in zip(gradients, tables, geometry.stacks, strict=True):
         if stack.capacity == 0 or geometry.num_samples(stack) == 0:
             products.append(jnp.zeros(stack.capacity, jnp.float32))
             continue
-        partition, ids, sample, _ = entries_of(*packed_operands(packed), geometry=geometry, stack=stack)
+        partition, ids, sample, _ = entries_of(*arrays, geometry=geometry, stack=stack)
         valid = sample < geometry.num_samples(stack)
         rows = physical_rows(partition, ids, valid, geometry.num_sparsecores, table.shape[0])
         values = _quantize(table.at[rows].get(mode="fill", fill_value=0), stack.quantization).reshape(len(rows), -1)

@@ -52,11 +52,12 @@ def pack_traced(
         )
     batch = read_batch(features, ids, weights)
     layout = raw_layout(plan, batch)
-    *arrays, invalid = _packed(layout, batch.features)
-    lost = [jnp.zeros((), jnp.int32) if of_splits is None else of_splits for of_splits in batch.lost]
+    results: Any = _packed(layout, batch.features)
+    row_pointers, embedding_ids, sample_ids, gains, invalid = results
     if any(of_splits is not None for of_splits in batch.lost):
+        lost = [jnp.zeros((), jnp.int32) if of_splits is None else of_splits for of_splits in batch.lost]
         invalid = invalid + jnp.stack(lost)
-    return PreprocessedInput(*arrays, layout, invalid_ids=invalid)
+    return PreprocessedInput(row_pointers, embedding_ids, sample_ids, gains, layout, invalid_ids=invalid)
 
 
 def _varying_axes(array: jax.Array) -> frozenset[str]:
@@ -101,7 +102,8 @@ def _backward(layout: PackedLayout, residuals, cotangents) -> tuple[list[RawFeat
         arrays = (pointers, ids[part], samples[part], cotangents[3][part])
         for feature in weighted:
             raw = features[feature.leaf]
-            of_weights[feature.leaf] = RawFeature(None, None, _weight_gradient(raw, feature, stack, layout, arrays))
+            gradient = _weight_gradient(raw, feature, stack, layout, arrays)
+            of_weights[feature.leaf] = raw._replace(ids=None, row_splits=None, weights=gradient)
     return (of_weights,)
 
 

@@ -250,7 +250,8 @@ def _flatten_with_keys(packed: PreprocessedInput):
 
 
 def _unflatten(layout: PackedLayout, arrays) -> PreprocessedInput:
-    return PreprocessedInput(*arrays[:4], layout, *arrays[4:])
+    row_pointers, embedding_ids, sample_ids, gains, num_minibatches, invalid_ids = arrays
+    return PreprocessedInput(row_pointers, embedding_ids, sample_ids, gains, layout, num_minibatches, invalid_ids)
 
 
 jax.tree_util.register_pytree_with_keys(PreprocessedInput, _flatten_with_keys, _unflatten, _flatten)

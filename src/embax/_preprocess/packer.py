@@ -155,7 +155,7 @@ class Packer:
         self._layouts: dict[Any, tuple[PackedLayout, np.ndarray]] = {}
 
     def __call__(self, ids: Any, weights: Any = None, *, batch_number: int | None = None) -> PreprocessedInput:
-        """Packs one batch; arguments, result and errors are those of `embax.preprocess`."""
+        """Packs one batch, also inside jit; arguments, result and errors are those of `embax.preprocess`."""
         try:
             return self._pack(ids, weights, batch_number)
         except MemoryError as error:
