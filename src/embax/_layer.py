@@ -242,7 +242,8 @@ class Shell:
             inputs = self.pack(inputs, weights)
         elif weights is not None:
             raise ValueError(f"{self.layer}: weights come with ids; a packed batch has them in it already.")
-        features = lookup_and_update(self.settings, float32_variables(variables), lookups, inputs, step)
+        batch = inputs.replace(invalid_ids=None)
+        features = lookup_and_update(self.settings, float32_variables(variables), lookups, batch, step)
         if self.dtype is not None:
             features = [activations.astype(self.dtype) for activations in features]
-        return jax.tree.unflatten(self.structure, features), getattr(inputs, "invalid_ids", None)
+        return jax.tree.unflatten(self.structure, features), inputs.invalid_ids
