@@ -61,9 +61,7 @@ def float32_variables(variables: Any) -> Any:
 
 def known_lookups(lookups: Any) -> float:
     """The number of differentiated lookups of the last step, 0 where it is not known without waiting."""
-    if not isinstance(lookups, jax.Array) or isinstance(lookups, Tracer):
-        return 0
-    if lookups.is_deleted() or not lookups.is_ready() or not lookups.is_fully_addressable:
+    if isinstance(lookups, Tracer) or lookups.is_deleted() or not lookups.is_ready() or not lookups.is_fully_addressable:
         return 0
     return float(np.asarray(lookups).max())
 
@@ -243,7 +241,7 @@ class Shell:
         elif weights is not None:
             raise ValueError(f"{self.layer}: weights come with ids; a packed batch has them in it already.")
         batch = inputs.replace(invalid_ids=None)
-        features = lookup_and_update(self.settings, float32_variables(variables), lookups, batch, step)
+        features: Any = lookup_and_update(self.settings, float32_variables(variables), lookups, batch, step)
         if self.dtype is not None:
             features = [activations.astype(self.dtype) for activations in features]
         return jax.tree.unflatten(self.structure, features), inputs.invalid_ids

@@ -163,7 +163,7 @@ def test_initializers_return_the_format_of_tables(chips):
     place = _variables.RowPlacement(1 << 20, 0, 0)
     filled = _in_format(_variables._fill, format, (("num_rows", 1 << 20),)).trace(row).lower().compile()
     drawn = {"initializer": _variables._ByValue.of(jax.nn.initializers.normal(1.0)), "chunk_rows": 1024, "dim": 30}
-    drawn = (*drawn.items(), ("num_sparsecores", 4))
+    drawn = (*drawn.items(), ("num_sparsecores", 4), ("here", 4))
     drawn = _in_format(_variables._draw_by_chunks, format, drawn).trace(table, key, place).lower().compile()
     for compiled in (filled, drawn):
         assert compiled.output_formats.layout == format.layout
