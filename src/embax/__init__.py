@@ -5,6 +5,7 @@ from embax._format import table_format as table_format
 from embax._matmul import apply_gradients as apply_gradients
 from embax._matmul import lookup as lookup
 from embax._matmul import read_rows as read_rows
+from embax._mesh import StepsInFlight as StepsInFlight
 from embax._ops.backend import default_backend as default_backend
 from embax._ops.backend import use_backend as use_backend
 from embax._preprocess.all_reduce import AllReduceInterface as AllReduceInterface
@@ -22,6 +23,8 @@ from embax._preprocess.sizes import compute_coo_buffer_size_per_device as comput
 from embax._preprocess.sizes import compute_row_pointers_size_per_device as compute_row_pointers_size_per_device
 from embax._preprocess.sizes import compute_theoretical_max_coo_buffer_size as compute_theoretical_max_coo_buffer_size
 from embax._preprocess.stats import SparseDenseMatmulInputStats as SparseDenseMatmulInputStats
+from embax._rows import load_tables as load_tables
+from embax._rows import write_rows as write_rows
 from embax._specs import FeatureIdTransformation as FeatureIdTransformation
 from embax._specs import FeatureSpec as FeatureSpec
 from embax._specs import QuantizationConfig as QuantizationConfig
@@ -43,6 +46,7 @@ from embax._stacking.whole_tables import stack_and_shard_tables as stack_and_sha
 from embax._stacking.whole_tables import unshard_and_unstack_tables as unshard_and_unstack_tables
 from embax._variables import EmbeddingVariables as EmbeddingVariables
 from embax._variables import init_embedding_variables as init_embedding_variables
+from embax._variables import without_slots as without_slots
 from embax._version import __version__ as __version__
 from embax._warnings import SlowPathWarning as SlowPathWarning
 from embax.optimizers import AdagradMomentumOptimizerSpec as AdagradMomentumOptimizerSpec

@@ -5,6 +5,7 @@ look a table up once only, and what is done to gradients behind the backward pas
 those of tables out. What scales the loss scales the gradients that the table's optimizer sees.
 """
 
+import dataclasses
 import functools
 import weakref
 from typing import Any
@@ -14,6 +15,7 @@ import jax.core
 import jax.numpy as jnp
 
 from embax._matmul import lookup_features, update_features
+from embax._mesh import TableMesh, on_devices
 from embax._ops.row_update import RowLimits
 from embax._preprocess.buffers import PreprocessedInput
 from embax._stacking.plan import Plan
@@ -22,10 +24,46 @@ from embax._stacking.plan import Plan
 _differentiated: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 
 
-def _note_differentiated(variables: dict[str, Any], plan: Plan) -> None:
-    for stack in plan.stacks:
+@dataclasses.dataclass(frozen=True)
+class LookupSettings:
+    """What a lookup and its update are compiled for.
+
+    Args:
+        plan: the placed specs.
+        limits: of each stack: what the new rows of its table are clipped to.
+        mesh: the devices that tables and batch are sharded over; None for one device.
+        frozen: names of the stacks that are not updated.
+        skip_nonfinite: whether a step with a gradient that is not finite updates nothing.
+    """
+
+    plan: Plan
+    limits: tuple[RowLimits, ...]
+    mesh: TableMesh | None = None
+    frozen: frozenset[str] = frozenset()
+    skip_nonfinite: bool = False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.plan, self.limits, self.mesh, self.frozen, self.skip_nonfinite))
+
+    @property
+    def axis_name(self) -> str | tuple[str, ...] | None:
+        """What lookups and updates take as `axis_name`."""
+        return None if self.mesh is None else self.mesh.axis_name
+
+    @property
+    def all_frozen(self) -> bool:
+        """Whether no stack is updated."""
+        return len(self.frozen) == len(self.plan.stacks)
+
+
+def _note_differentiated(variables: dict[str, Any], settings: LookupSettings) -> None:
+    for stack in settings.plan.stacks:
         table = jax.tree.leaves(variables[stack.name])[0]
-        if not isinstance(table, jax.core.Tracer):
+        if stack.name in settings.frozen or not isinstance(table, jax.core.Tracer):
             continue
         if _differentiated.get(id(table)) is table:
             raise ValueError(
@@ -37,10 +75,21 @@ def _note_differentiated(variables: dict[str, Any], plan: Plan) -> None:
         _differentiated[id(table)] = table
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _lookup(
+    settings: LookupSettings, variables: dict[str, Any], packed: PreprocessedInput
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    def look_up(variables, packed):
+        return lookup_features(packed, variables, settings.plan, settings.axis_name)
+
+    if settings.mesh is None:
+        return look_up(variables, packed)
+    spec = settings.mesh.leading
+    return on_devices(settings.mesh, look_up, (spec, spec), spec)(variables, packed)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def lookup_and_update(
-    plan: Plan,
-    limits: tuple[RowLimits, ...],
+    settings: LookupSettings,
     variables: dict[str, Any],
     lookups: jax.Array,
     packed: PreprocessedInput,
@@ -49,28 +98,60 @@ def lookup_and_update(
     """Activations of each feature, in the order of the feature leaves.
 
     Args:
-        plan: static.
-        limits: of each stack, static: what the new rows of its table are clipped to.
-        variables: table and slots of each stack; their cotangent is the new table and slots.
-        lookups: float32 scalar; its cotangent is 1, so that a sum of several cotangents, or none, can be told.
+        settings: static.
+        variables: table and slots of each stack; their cotangent is the new table and slots, of frozen stacks the old.
+        lookups: float32 array of any shape; its cotangent is 1, so that a sum of several cotangents, or none, can be told. It
+            is 0 where all stacks are frozen.
         packed: the packed batch.
         step: for schedules and for optimizers that need it.
     """
-    del limits, lookups, step
-    return lookup_features(packed, variables, plan)[0]
+    del lookups, step
+    return _lookup(settings, variables, packed)[0]
 
 
-def _forward(plan, limits, variables, lookups, packed, step):
-    del limits, lookups
-    _note_differentiated(variables, plan)
-    features, stacked = lookup_features(packed, variables, plan)
-    return features, (variables, packed, step, stacked)
+def _forward(settings, variables, lookups, packed, step):
+    _note_differentiated(variables, settings)
+    features, stacked = _lookup(settings, variables, packed)
+    return features, (variables, lookups, packed, step, stacked)
 
 
-def _backward(plan, limits, residuals, gradients):
-    variables, packed, step, stacked = residuals
-    new = update_features(gradients, packed, variables, plan, step, stacked, limits)
-    return new, jnp.ones((), jnp.float32), None, None
+def update_of(
+    settings: LookupSettings,
+    gradients: list[jax.Array],
+    packed: PreprocessedInput,
+    variables: dict[str, Any],
+    step: Any,
+    after: list[jax.Array] | tuple[()] = (),
+) -> dict[str, Any]:
+    """New table and slots of each stack, from the gradients of each feature's activations; `after` as in `update_stacks`."""
+    if settings.all_frozen:
+        return variables
+    traced_step = step if isinstance(step, jax.Array) else None  # A number stays a constant.
+
+    def update(gradients, packed, variables, traced_step, after):
+        return update_features(
+            gradients,
+            packed,
+            variables,
+            settings.plan,
+            step if traced_step is None else traced_step,
+            after,
+            settings.limits,
+            settings.axis_name,
+            frozen=settings.frozen,
+            skip_nonfinite=settings.skip_nonfinite,
+        )
+
+    if settings.mesh is not None:
+        spec = settings.mesh.leading
+        update = on_devices(settings.mesh, update, (spec, spec, spec, jax.P(), spec), spec)
+    return update(gradients, packed, variables, traced_step, after)
+
+
+def _backward(settings, residuals, gradients):
+    variables, lookups, packed, step, stacked = residuals
+    new = update_of(settings, gradients, packed, variables, step, stacked)
+    return new, jnp.full_like(lookups, 0.0 if settings.all_frozen else 1.0), None, None
 
 
 lookup_and_update.defvjp(_forward, _backward)

@@ -1,6 +1,7 @@
 """The functional core: lookup of a packed batch, and the update of the rows it touched."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,18 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from embax._checks import is_finite_number
-from embax._ops.geometry import inside_shard_map, make_geometry
-from embax._ops.lookup import lookup_stacks
+from embax._checks import boolean, is_finite_number
+from embax._ops.across_devices import lookup_across, update_across
+from embax._ops.geometry import axis_of, inside_shard_map, make_geometry
 from embax._ops.row_update import NO_LIMITS, RowLimits
 from embax._ops.unstack import stack_gradients, unstack_activations
-from embax._ops.update import update_stacks
 from embax._preprocess.arrays import beyond_int64, find, to_numpy
 from embax._preprocess.buffers import PreprocessedInput
 from embax._specs import FeatureSpec
 from embax._stacking.layout import physical_rows
-from embax._stacking.plan import FeaturePlan, Plan, make_plan
-from embax._types import PyTreeDef
+from embax._stacking.plan import FeaturePlan, Plan, StackPlan, TablePlan, make_plan
+from embax._types import Array, Bool, PyTreeDef
 from embax._variables import EmbeddingVariables
 
 
@@ -32,7 +32,8 @@ def feature_structure(specs: Any) -> PyTreeDef:
     return jax.tree.structure(specs, is_leaf=_is_feature)
 
 
-def _flatten_like(tree: Any, structure: PyTreeDef, what: str) -> list[jax.Array]:
+def flatten_like(tree: Any, structure: PyTreeDef, what: str) -> list[jax.Array]:
+    """The leaves of a tree that must have a structure; `what` it holds is for the error."""
     leaves, given = jax.tree.flatten(tree)
     if given != structure:
         raise ValueError(
@@ -71,8 +72,11 @@ def checked_limits(limits: Mapping[str, Any] | None, plan: Plan) -> tuple[RowLim
     return tuple(checked)
 
 
-def check_variables(variables: Mapping[str, Any], plan: Plan) -> None:
-    """Raises a ValueError unless `variables` hold table and slots of every stack, in shape and dtype."""
+def check_variables(variables: Mapping[str, Any], plan: Plan, without_slots: Collection[str] = ()) -> None:
+    """Raises a ValueError unless `variables` hold table and slots of every stack, in shape and dtype.
+
+    Those of the stacks `without_slots` may hold the table alone.
+    """
     if not isinstance(variables, Mapping):
         raise ValueError(
             f"The variables are a {type(variables).__name__}; they must be a dict of EmbeddingVariables by stack."
@@ -84,10 +88,12 @@ def check_variables(variables: Mapping[str, Any], plan: Plan) -> None:
         arrays, shapes = jax.tree.leaves(variables[stack.name]), stack.state_shapes
         if inside_shard_map():
             shapes = tuple((rows // plan.num_devices, *columns) for rows, *columns in shapes)
+        if len(arrays) == 1 and stack.name in without_slots:
+            shapes = shapes[:1]
         if len(arrays) != len(shapes):
             raise ValueError(
                 f"Stack {stack.name!r} has {len(arrays)} arrays; {type(stack.optimizer).__name__} needs {len(shapes)}, "
-                "the table and its slots. Make them with embax.init_embedding_variables."
+                "the table and its slots. Make them with embax.init_embedding_variables. Only lookups do without slots."
             )
         for number, (array, wanted) in enumerate(zip(arrays, shapes, strict=True)):
             shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", type(array).__name__)
@@ -97,11 +103,16 @@ def check_variables(variables: Mapping[str, Any], plan: Plan) -> None:
                     f"Stack {stack.name!r} has as {what} an array {dtype}{list(shape)}; {type(stack.optimizer).__name__} needs "
                     f"float32{list(wanted)}. Make it with embax.init_embedding_variables from these specs."
                 )
-            if isinstance(array, jax.Array) and not isinstance(array, Tracer) and len(array.devices()) > 1:
+            if plan.num_devices == 1 and not isinstance(array, Tracer | np.ndarray) and not _whole(array):
                 raise ValueError(
-                    f"Stack {stack.name!r} has an array spread over {len(array.devices())} devices; lookups and updates run on "
-                    "one. Put it on one device with jax.device_put."
+                    f"Stack {stack.name!r} has an array spread over {len(array.devices())} devices; its specs were placed for "
+                    "one. Put it on one device with jax.device_put, or place the specs for as many devices."
                 )
+
+
+def _whole(array: jax.Array) -> bool:
+    """Whether every device that holds a part of an array holds all of it."""
+    return array.sharding.is_fully_replicated
 
 
 def check_activations(what: str, feature: FeaturePlan, batch: int, array: Any) -> None:
@@ -116,13 +127,13 @@ def check_activations(what: str, feature: FeaturePlan, batch: int, array: Any) -
 
 
 def lookup_features(
-    packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], plan: Plan
+    packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], plan: Plan, axis_name: Any = None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Activations of each feature in the order of the feature leaves, and of each stack."""
-    check_variables(variables, plan)
+    check_variables(variables, plan, without_slots=[stack.name for stack in plan.stacks])
     geometry = make_geometry(plan, packed)
     tables = [jax.tree.leaves(variables[stack.name])[0] for stack in plan.stacks]
-    stacked = lookup_stacks(packed, tables, geometry)
+    stacked = lookup_across(packed, tables, geometry, axis_of(plan, axis_name))
     features: dict[int, jax.Array] = {}
     for stack, placed, activations in zip(plan.stacks, packed.layout.stacks, stacked, strict=True):
         parts = unstack_activations(activations, stack, placed, packed.layout)
@@ -138,40 +149,81 @@ def update_features(
     step: int | jax.Array | None,
     after: Sequence[jax.Array],
     limits: Sequence[RowLimits] | None = None,
+    axis_name: Any = None,
+    *,
+    frozen: Collection[str] = (),
+    skip_nonfinite: bool = False,
 ) -> dict[str, Any]:
-    """New variables from the gradients of each feature's activations; `after` and `limits` as in `update_stacks`."""
-    check_variables(variables, plan)
+    """New variables from the gradients of each feature's activations.
+
+    Args:
+        gradients: of each feature, in the order of the feature leaves.
+        packed: the batch that was looked up.
+        variables: table and slots of each stack.
+        plan: the placed specs.
+        step: for schedules and for optimizers that need it.
+        after: as in `update_stacks`.
+        limits: as in `update_stacks`.
+        axis_name: the axis of shard_map that the tables are sharded over, or a tuple of axes; None where there is one.
+        frozen: names of stacks that stay as they are.
+        skip_nonfinite: whether nothing is updated if a gradient, on any device, is not finite.
+    """
+    check_variables(variables, plan, without_slots=frozen)
     geometry = make_geometry(plan, packed)
+    chosen = [number for number, stack in enumerate(plan.stacks) if stack.name not in frozen]
+    stacks = [plan.stacks[number] for number in chosen]
     stacked = []
-    for stack, placed in zip(plan.stacks, packed.layout.stacks, strict=True):
-        parts = []
+    for number, stack in zip(chosen, stacks, strict=True):
+        placed, parts = packed.layout.stacks[number], []
         for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
             check_activations("gradient", feature, batch, gradients[feature.leaf])
             parts.append(gradients[feature.leaf].astype(jnp.float32))
         stacked.append(stack_gradients(parts, stack, placed, packed.layout))
-    new = update_stacks(
+    axis = axis_of(plan, axis_name)
+    if skip_nonfinite:
+        packed = _without_entries(packed, ~_all_finite(stacked, axis))
+    new = update_across(
         packed,
         stacked,
-        [tuple(jax.tree.leaves(variables[stack.name])) for stack in plan.stacks],
-        after,
-        geometry,
+        [tuple(jax.tree.leaves(variables[stack.name])) for stack in stacks],
+        [after[number] for number in chosen if after],
+        dataclasses.replace(geometry, stacks=tuple(geometry.stacks[number] for number in chosen)),
+        axis,
         step,
-        limits,
+        [limits[number] for number in chosen] if limits else None,
     )
-    structures = [jax.tree.structure(variables[stack.name]) for stack in plan.stacks]
-    return {
-        stack.name: jax.tree.unflatten(structure, state)
-        for stack, structure, state in zip(plan.stacks, structures, new, strict=True)
+    updated = {
+        stack.name: jax.tree.unflatten(jax.tree.structure(variables[stack.name]), state)
+        for stack, state in zip(stacks, new, strict=True)
     }
+    return {name: updated.get(name, state) for name, state in variables.items()}
 
 
-def lookup(packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], *, specs: Any) -> Any:
+def _all_finite(gradients: Sequence[jax.Array], axis: Any) -> Bool[Array, ""]:
+    """Whether all gradients are finite, on all devices of the axis; None is one device."""
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(gradient)) for gradient in gradients]))
+    return finite if axis is None else jax.lax.pmin(finite.astype(jnp.int32), axis) > 0
+
+
+def _without_entries(packed: PreprocessedInput, none: Bool[Array, ""]) -> PreprocessedInput:
+    """The batch, where `none` with empty partitions: then no row is touched, and no table has to be chosen from."""
+    return packed.replace(row_pointers=jnp.where(none, jnp.int32(0), jnp.asarray(packed.row_pointers)))
+
+
+def lookup(
+    packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], *, specs: Any, axis_name: Any = None
+) -> Any:
     """Looks up a packed batch: for each sample the combined rows of its ids.
+
+    With specs that were placed for several devices it is called inside `jax.shard_map`, with the parts of the batch and of the
+    variables that one device has, and returns the activations of its samples. Rows travel between the devices.
 
     Args:
         packed: what `embax.preprocess` returned for these specs.
         variables: `EmbeddingVariables` of each stack by name.
         specs: pytree of placed `FeatureSpec`.
+        axis_name: of specs that were placed for several devices, the mesh axis that the tables are sharded over, or a tuple of
+            axes; None where `jax.shard_map` has only one.
 
     Returns:
         The activations, float32[batch, output_dim] of each feature, in the structure of `specs`.
@@ -183,7 +235,7 @@ def lookup(packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables
         >>> packed = embax.preprocess(ids, specs=specs)
         >>> activations = embax.lookup(packed, variables, specs=specs)
     """
-    features, _ = lookup_features(packed, variables, make_plan(specs))
+    features, _ = lookup_features(packed, variables, make_plan(specs), axis_name)
     return jax.tree.unflatten(feature_structure(specs), features)
 
 
@@ -196,6 +248,8 @@ def apply_gradients(
     step: int | jax.Array | None = None,
     activations: Any = None,
     embedding_var_limits: Mapping[str, tuple[float | None, float | None]] | None = None,
+    axis_name: Any = None,
+    skip_nonfinite: bool = False,
 ) -> dict[str, EmbeddingVariables]:
     """Takes one optimizer step on every row that a packed batch touched, and on no other.
 
@@ -212,6 +266,8 @@ def apply_gradients(
             them it may copy the tables, if the gradients do not depend on the activations (a loss linear in them).
         embedding_var_limits: `(min, max)` by the name of a stack: the new rows of its table are clipped to this range; slots
             and rows that the batch did not touch are not. None, or a stack that is left out, is no limit.
+        axis_name: see `lookup`.
+        skip_nonfinite: whether tables and slots stay as they are if any gradient, on any device, is not finite.
 
     Returns:
         The new variables.
@@ -229,14 +285,18 @@ def apply_gradients(
     plan, structure = make_plan(specs), feature_structure(specs)
     after = []
     if activations is not None:
-        by_leaf = _flatten_like(activations, structure, "activations")
+        by_leaf = flatten_like(activations, structure, "activations")
         make_geometry(plan, packed)  # Checks the batch, whose sizes come next.
         for stack, placed in zip(plan.stacks, packed.layout.stacks, strict=True):
             for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
                 check_activations("activation", feature, batch, by_leaf[feature.leaf])
             after.append(by_leaf[stack.features[0].leaf])
-    leaves = _flatten_like(gradients, structure, "gradients")
-    return update_features(leaves, packed, variables, plan, step, after, checked_limits(embedding_var_limits, plan))
+    leaves = flatten_like(gradients, structure, "gradients")
+    skip_nonfinite = boolean("apply_gradients", "skip_nonfinite", skip_nonfinite)
+    row_limits = checked_limits(embedding_var_limits, plan)
+    return update_features(
+        leaves, packed, variables, plan, step, after, row_limits, axis_name, skip_nonfinite=skip_nonfinite
+    )
 
 
 def read_rows(variables: Mapping[str, EmbeddingVariables], table: str, ids: Any, *, specs: Any) -> jax.Array:
@@ -254,19 +314,28 @@ def read_rows(variables: Mapping[str, EmbeddingVariables], table: str, ids: Any,
     Raises:
         ValueError: the table is unknown, or an id is not an integer or is outside the vocabulary.
     """
-    plan = make_plan(specs)
-    places = {planned.name: (stack, planned) for stack in plan.stacks for planned in stack.tables}
-    if not isinstance(table, str) or table not in places:
-        raise ValueError(f"There is no table {table!r}; the tables are {sorted(places)}.")
-    check_variables(variables, plan)
-    stack, planned = places[table]
-    rows = _valid_ids(ids, table, planned.vocabulary_size)
+    plan, stack, planned = place_of_table(table, specs)
+    check_variables(variables, plan, without_slots=[one.name for one in plan.stacks])
+    rows = valid_ids(ids, table, planned.vocabulary_size)
     values = jax.tree.leaves(variables[stack.name])[0]
     values = values[physical_rows(jnp.maximum(rows, 0), planned.rows, stack.shape[0], plan.num_sparsecores)]
     return jnp.where((rows < 0)[..., None], jnp.nan, values[..., : planned.embedding_dim])
 
 
-def _valid_ids(ids: Any, table: str, vocabulary_size: int) -> jax.Array:
+def place_of_table(table: str, specs: Any) -> tuple[Plan, StackPlan, TablePlan]:
+    """The plan, and the place of a table in it.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    plan = make_plan(specs)
+    places = {planned.name: (stack, planned) for stack in plan.stacks for planned in stack.tables}
+    if not isinstance(table, str) or table not in places:
+        raise ValueError(f"There is no table {table!r}; the tables are {sorted(places)}.")
+    return plan, *places[table]
+
+
+def valid_ids(ids: Any, table: str, vocabulary_size: int) -> jax.Array:
     """Ids as int32; -1 for one outside the vocabulary inside jit, where none can be refused."""
     owner, traced = f"Table {table!r}", isinstance(ids, Tracer)
     if not traced and find(ids, Tracer) is not None:

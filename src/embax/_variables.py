@@ -3,23 +3,27 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Format
 
 from embax._format import table_format
+from embax._mesh import TableMesh
 from embax._ops import native
-from embax._stacking.layout import physical_rows
-from embax._stacking.plan import Plan, RowPlacement, StackPlan, TablePlan, make_plan, table_specs
+from embax._stacking.layout import physical_rows, put_blocks
+from embax._stacking.plan import RowPlacement, StackPlan, TablePlan, make_plan, table_specs
 from embax.optimizers import OptimizerSpec
 from embax.optimizers._base import Initializer
 
 CHUNK_ELEMENTS = 1 << 20
-"""Elements of a table that are drawn at a time. The values depend on it: changing it changes what a key draws."""
+"""Elements of a table that are drawn at a time."""
+
+_THREEFRY = "threefry2x32"
 
 
 class EmbeddingVariables(NamedTuple):
@@ -27,7 +31,8 @@ class EmbeddingVariables(NamedTuple):
 
     Args:
         table: float32[rows, dim].
-        slot: slot variables of the optimizer, a NamedTuple of arrays like `table`, or float32[rows] of one value a row.
+        slot: slot variables of the optimizer, a NamedTuple of arrays like `table`, or float32[rows] of one value a row; () of
+            tables that are looked up only.
     """
 
     table: Any
@@ -86,30 +91,36 @@ def _fill(row: jax.Array, num_rows: int) -> jax.Array:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("initializer", "chunk_rows", "dim", "num_sparsecores"), donate_argnames="stacked"
+    jax.jit, static_argnames=("initializer", "chunk_rows", "dim", "num_sparsecores", "here"), donate_argnames="stacked"
 )
 def _draw_by_chunks(
     stacked: jax.Array,
     key: jax.Array,
     placement: RowPlacement,
+    first: Any = 0,
     *,
     initializer: _ByValue,
     chunk_rows: int,
     dim: int,
     num_sparsecores: int,
+    here: int,
 ) -> jax.Array:
-    """Draws a table into its place; chunk `c` holds rows from `c * chunk_rows` on and has a key of its own."""
-    num_rows = stacked.shape[0]
+    """Draws a table into its place in `here` SparseCores from `first` on. Each row has a key of its own."""
+    rows_of_sparsecore = stacked.shape[0] // here
+    rows_of_table = (placement.vocabulary_size - 1) // num_sparsecores + 1  # Not rounded up by addition: int32 may end there.
+    count = rows_of_table * here
 
     def draw(chunk, stacked):
-        values = initializer.function(jax.random.fold_in(key, chunk), (chunk_rows, dim), jnp.float32)
-        ids = chunk * chunk_rows + jnp.arange(chunk_rows, dtype=jnp.int32)
-        rows = physical_rows(ids, placement, num_rows, num_sparsecores)
-        rows = jnp.where(ids < placement.vocabulary_size, rows, num_rows)
+        number = chunk * chunk_rows + jnp.arange(chunk_rows, dtype=jnp.int32)
+        sparsecore, row = number // rows_of_table, number % rows_of_table
+        ids = row * num_sparsecores + (first + sparsecore - placement.rotation) % num_sparsecores
+        values = jax.vmap(lambda id: initializer.function(jax.random.fold_in(key, id), (dim,), jnp.float32))(ids)
+        rows = sparsecore * rows_of_sparsecore + placement.row_offset_in_shard + row
+        valid = (number >= 0) & (number < count) & (ids < placement.vocabulary_size)
+        rows = jnp.where(valid, rows, stacked.shape[0])
         return stacked.at[rows, :dim].set(values, mode="drop", unique_indices=True)
 
-    chunks = (placement.vocabulary_size - 1) // chunk_rows + 1  # Not rounded up by addition: int32 may end there.
-    return jax.lax.fori_loop(0, chunks, draw, stacked)
+    return jax.lax.fori_loop(0, (count - 1) // chunk_rows + 1, draw, stacked)
 
 
 @functools.partial(jax.jit, static_argnames="num_sparsecores", donate_argnames="stacked")
@@ -126,10 +137,122 @@ def _in_format(function: Callable[..., jax.Array], format: Format, static: tuple
     return jax.jit(functools.partial(function, **dict(static)), out_shardings=format, donate_argnums=donated)
 
 
-def _make(function: Callable[..., jax.Array], format: Format | None, *arrays: Any, **static: Any) -> jax.Array:
-    if format is None:
-        return function(*arrays, **static)
-    return _in_format(function, format, tuple(static.items()))(*arrays)
+@dataclasses.dataclass(frozen=True)
+class _OneDevice:
+    """Makes the arrays of a stack on the device of the key."""
+
+    num_sparsecores: int
+    format: Format | None
+
+    def fill(self, row: jax.Array, num_rows: int) -> jax.Array:
+        """float32[num_rows, dim] of one row."""
+        return self._make(_fill, row, num_rows=num_rows)
+
+    def draw(self, stacked: jax.Array, key: jax.Array, placement: RowPlacement, **static: Any) -> jax.Array:
+        """The stack with a table drawn into its place."""
+        return self._make(_draw_by_chunks, stacked, key, placement, here=self.num_sparsecores, **self._with(static))
+
+    def place(self, stacked: jax.Array, key: jax.Array, table: TablePlan, initializer: Initializer) -> jax.Array:
+        """The stack with a table that an initializer makes as a whole."""
+        shape = (table.vocabulary_size, min(table.embedding_dim, stacked.shape[1]))
+        values = _checked(jnp.asarray(initializer(key, shape, jnp.float32)), shape, table)
+        return self._make(_place, stacked, values, table.rows, **self._with({}))
+
+    def flat(self, column: jax.Array) -> jax.Array:
+        """float32[rows] from one column."""
+        return _one_value_a_row(column)
+
+    def _with(self, static: dict[str, Any]) -> dict[str, Any]:
+        return static | {"num_sparsecores": self.num_sparsecores}
+
+    def _make(self, function: Callable[..., jax.Array], *arrays: Any, **static: Any) -> jax.Array:
+        if self.format is None:
+            return function(*arrays, **static)
+        return _in_format(function, self.format, tuple(static.items()))(*arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ManyDevices:
+    """Makes the arrays of a stack on the devices of a mesh, each of which makes its own rows."""
+
+    num_sparsecores: int
+    mesh: TableMesh
+    format: Format | jax.sharding.Sharding
+
+    @property
+    def _here(self) -> int:
+        return self.num_sparsecores // self.mesh.num_devices
+
+    def fill(self, row: jax.Array, num_rows: int) -> jax.Array:
+        """float32[num_rows, dim] of one row."""
+        return _fill_on_mesh(self, num_rows)(_anywhere(row))
+
+    def draw(self, stacked: jax.Array, key: jax.Array, placement: RowPlacement, **static: Any) -> jax.Array:
+        """The stack with a table drawn into its place."""
+        return _draw_on_mesh(self, tuple(static.items()))(stacked, _anywhere(jax.random.key_data(key)), placement)
+
+    def place(self, stacked: jax.Array, key: jax.Array, table: TablePlan, initializer: Initializer) -> jax.Array:
+        """The stack with a table that an initializer makes as a whole, divided by XLA where it sees how."""
+        # On axes that XLA divides arrays over by itself, whatever those of the mesh are.
+        mesh = jax.sharding.Mesh(self.mesh.mesh.devices, self.mesh.mesh.axis_names)
+        sharding = jax.sharding.NamedSharding(mesh, self.mesh.sharding(2).spec)
+        shape = (table.vocabulary_size, min(table.embedding_dim, stacked.shape[1]))
+
+        def make(stacked, key):
+            values = initializer(jax.random.wrap_key_data(key, impl=_THREEFRY), shape, jnp.float32)
+            values = jax.lax.with_sharding_constraint(_checked(values, shape, table), sharding)
+            return put_blocks(stacked, values, table, self.num_sparsecores)
+
+        made = jax.jit(make, out_shardings=sharding, donate_argnums=0)
+        stacked = made(jax.device_put(stacked, sharding), _anywhere(jax.random.key_data(key)))
+        return jax.device_put(stacked, self.format)
+
+    def flat(self, column: jax.Array) -> jax.Array:
+        """float32[rows] from one column."""
+        return jax.jit(_one_value_a_row, out_shardings=self.mesh.sharding(1), donate_argnums=0)(column)
+
+
+@functools.lru_cache(maxsize=256)
+def _fill_on_mesh(devices: _ManyDevices, num_rows: int):
+    mesh = devices.mesh
+    fill = functools.partial(_fill, num_rows=num_rows // mesh.num_devices)
+    return jax.jit(mesh.shard_map(fill, (jax.P(),), mesh.leading), out_shardings=devices.format)
+
+
+@functools.lru_cache(maxsize=256)
+def _draw_on_mesh(devices: _ManyDevices, static: tuple[tuple[str, Any], ...]):
+    mesh, here = devices.mesh, devices._here
+
+    def draw(stacked, key, placement):
+        first = jax.lax.axis_index(mesh.axis_name) * here
+        key = jax.random.wrap_key_data(key, impl=_THREEFRY)
+        return _draw_by_chunks(
+            stacked, key, placement, first, num_sparsecores=devices.num_sparsecores, here=here, **dict(static)
+        )
+
+    mapped = mesh.shard_map(draw, (mesh.leading, jax.P(), jax.P()), mesh.leading)
+    return jax.jit(mapped, out_shardings=devices.format, donate_argnums=0)
+
+
+def _anywhere(array: jax.Array) -> Any:
+    """A small array as one that is on no device yet, unless it is traced."""
+    return array if isinstance(array, jax.core.Tracer) else np.asarray(array)
+
+
+def _threefry(key: jax.Array) -> jax.Array:
+    """A key of the generator whose draws do not depend on what is drawn beside them."""
+    if jax.random.key_impl(key) == _THREEFRY:
+        return jax.random.wrap_key_data(jax.random.key_data(key), impl=_THREEFRY)
+    return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl=_THREEFRY)
+
+
+def _checked(values: jax.Array, shape: tuple[int, int], table: TablePlan) -> jax.Array:
+    if values.shape != shape or values.dtype != jnp.float32:
+        raise ValueError(
+            f"Table {table.name!r}: an initializer returned {values.dtype}{list(values.shape)}; it must return "
+            f"float32{list(shape)}."
+        )
+    return values
 
 
 def _format_of(key: jax.Array, optimizer: OptimizerSpec) -> Format | None:
@@ -152,18 +275,21 @@ def _one_value_a_row(column: jax.Array) -> jax.Array:
 
 
 def _initialize(
-    key: jax.Array, plan: Plan, stack: StackPlan, initializers: dict[str, Initializer], shape: tuple[int, ...]
+    key: jax.Array,
+    devices: _OneDevice | _ManyDevices,
+    stack: StackPlan,
+    initializers: dict[str, Initializer],
+    shape: tuple[int, ...],
 ) -> jax.Array:
     """One array of a stack; `initializers` by table name. What belongs to no table is 0, or the constant.
 
     One value a row is made as a matrix of one column, which every initializer can draw.
     """
     num_rows, dim = (*shape, 1)[:2]
-    format = _format_of(key, stack.optimizer)
     first = initializers[stack.tables[0].name]
     filled = _same_for_every_row(first)
     row = first(key, (1, dim), jnp.float32)[0] if filled else jnp.zeros(dim, jnp.float32)
-    stacked = _make(_fill, format, row, num_rows=num_rows)
+    stacked = devices.fill(row, num_rows)
     for table in stack.tables:
         initializer = initializers[table.name]
         if filled and initializer is first:
@@ -171,64 +297,102 @@ def _initialize(
         table_key = jax.random.fold_in(key, zlib.crc32(table.name.encode()))
         columns = table.embedding_dim if len(shape) == 2 else 1
         if _independent_of_shape(initializer):
-            stacked = _make(
-                _draw_by_chunks,
-                format,
+            stacked = devices.draw(
                 stacked,
                 table_key,
                 table.rows,
                 initializer=_ByValue.of(initializer),
                 chunk_rows=_chunk_rows(table, columns),
                 dim=columns,
-                num_sparsecores=plan.num_sparsecores,
             )
         else:
-            wanted = (table.vocabulary_size, columns)
-            values = jnp.asarray(initializer(table_key, wanted, jnp.float32))
-            if values.shape != wanted or values.dtype != jnp.float32:
-                raise ValueError(
-                    f"Table {table.name!r}: an initializer returned {values.dtype}{list(values.shape)}; it must return "
-                    f"float32{list(wanted)}."
-                )
-            stacked = _make(_place, format, stacked, values, table.rows, num_sparsecores=plan.num_sparsecores)
-    return stacked if len(shape) == 2 else _one_value_a_row(stacked)
+            stacked = devices.place(stacked, table_key, table, initializer)
+    return stacked if len(shape) == 2 else devices.flat(stacked)
 
 
-def init_embedding_variables(rng: jax.Array, specs: Any) -> dict[str, EmbeddingVariables]:
+def init_embedding_variables(
+    rng: jax.Array,
+    specs: Any,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    sharding_axis: str | tuple[str, ...] | None = None,
+    without_slots: Collection[str] = (),
+) -> dict[str, EmbeddingVariables]:
     """The first values of all tables and slots.
 
     The values of a table depend on the key and the table's name and sizes alone, not on the number of devices or
     SparseCores or on what it is stacked with. Initializers of `jax.nn.initializers` that draw each element independently
-    (uniform, normal, truncated_normal) and constants need no more than some 10 MB
-    beside the result; on a TPU also a copy of one array in the default format, whose rows have a multiple of 128 columns.
+    (uniform, normal, truncated_normal) and constants need no more than some 10 MB beside the result, on each device; on a TPU
+    also a copy of one array in the default format, whose rows have a multiple of 128 columns. Other initializers make a table as
+    a whole first; on several devices they are traced by JAX, and XLA divides their work where it can.
 
     Args:
-        rng: a PRNG key.
+        rng: a PRNG key; on several processes the same on all.
         specs: pytree of placed `FeatureSpec`.
+        mesh: the devices that the specs were placed for, on which each makes its own rows; None for one device. On several
+            processes all must call this.
+        sharding_axis: the axis of the mesh, or a tuple of axes, that rows are sharded over; over others they are replicated.
+            None where the mesh has one axis.
+        without_slots: names of stacks that get no slots; they can be looked up and not updated.
 
     Returns:
         For each stack its `EmbeddingVariables`: float32[stack_vocab_size, stack_embedding_dim] arrays, and
         float32[stack_vocab_size] of slots of one value a row, whose initializer is called for a matrix of one column. They
-        lie on the device of `rng`, on TPUs in the format of `embax.table_format`.
+        lie on the device of `rng`, or on those of the mesh with their rows sharded, on TPUs in the format of
+        `embax.table_format`.
 
     Raises:
-        ValueError: the specs have not been placed, or an initializer returned another shape or dtype.
+        ValueError: the specs have not been placed, or for other devices than those of the mesh, or an initializer returned
+            another shape or dtype.
+
+    Example:
+        >>> mesh = jax.make_mesh((4,), ("devices",))
+        >>> embax.prepare_feature_specs_for_training(features, global_device_count=4)
+        >>> variables = embax.init_embedding_variables(jax.random.key(0), features, mesh=mesh)
     """
-    plan = make_plan(specs)
-    if plan.num_devices != 1:
+    plan, over = make_plan(specs), TableMesh.checked(mesh, sharding_axis)
+    given = 1 if over is None else over.num_devices
+    if plan.num_devices != given:
         raise ValueError(
-            f"The specs were placed for {plan.num_devices} devices; tables are made on one device. Place them with "
-            "global_device_count=1."
+            f"The specs were placed for {plan.num_devices} devices, and tables are to be made on {given}. Pass a mesh whose "
+            f"sharding axis has {plan.num_devices} devices, or place the specs with global_device_count={given}."
         )
+    key = _threefry(rng)
     initializers = {name: table.initializer for name, table in table_specs(specs).items()}
     variables = {}
     for stack in plan.stacks:
+        if over is None:
+            devices = _OneDevice(plan.num_sparsecores, _format_of(key, stack.optimizer))
+        else:
+            devices = _ManyDevices(plan.num_sparsecores, over, table_format(over.sharding(2), stack.optimizer))
         slots = stack.optimizer.slot_variables_initializers()
+        wanted = list(zip([initializers, *(dict.fromkeys(initializers, s) for s in slots)], stack.state_shapes, strict=True))
+        if stack.name in without_slots:
+            wanted = wanted[:1]
         values = [
-            _initialize(jax.random.fold_in(rng, number), plan, stack, by_table, shape)
-            for number, (by_table, shape) in enumerate(
-                zip([initializers, *(dict.fromkeys(initializers, s) for s in slots)], stack.state_shapes, strict=True)
-            )
+            _initialize(jax.random.fold_in(key, number), devices, stack, by_table, shape)
+            for number, (by_table, shape) in enumerate(wanted)
         ]
-        variables[stack.name] = EmbeddingVariables(values[0], stack.optimizer.make_slots(values[1:]))
+        slot = () if stack.name in without_slots else stack.optimizer.make_slots(values[1:])
+        variables[stack.name] = EmbeddingVariables(values[0], slot)
     return variables
+
+
+def without_slots(variables: Any) -> Any:
+    """The variables without the slots of their optimizers, for lookups alone: to evaluate and to serve.
+
+    Args:
+        variables: `EmbeddingVariables` of each stack, or any tree that holds some, such as the parameters of a Flax model.
+
+    Returns:
+        The same tree with `slot=()`. The tables are the same arrays.
+
+    Example:
+        >>> tables = embax.without_slots(variables)
+        >>> activations = embax.lookup(packed, tables, specs=specs)
+    """
+
+    def is_stack(node):
+        return isinstance(node, EmbeddingVariables)
+
+    return jax.tree.map(lambda node: node._replace(slot=()) if is_stack(node) else node, variables, is_leaf=is_stack)

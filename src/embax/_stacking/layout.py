@@ -99,6 +99,29 @@ def put_table(stacked: np.ndarray, values: np.ndarray, table: TablePlan, num_spa
         shards[sparsecore, start : start + len(rows)] = rows
 
 
+def put_blocks(stacked: Any, values: Any, table: TablePlan, num_sparsecores: int) -> Any:
+    """The stack with one table in its place, in JAX and by whole blocks, which XLA exchanges where arrays are sharded.
+
+    Args:
+        stacked: [rows, dim] array of the stack.
+        values: [table.vocabulary_size, columns], at most as many columns as the stack.
+        table: the table's place.
+        num_sparsecores: SparseCores that the stack is laid out for.
+    """
+    count, columns = values.shape
+    rows = -(-count // num_sparsecores)
+    padded = jnp.pad(values, ((0, rows * num_sparsecores - count), (0, 0)))
+    block = jnp.roll(
+        jnp.swapaxes(padded.reshape(rows, num_sparsecores, columns), 0, 1), table.rows.rotation, axis=0
+    )
+    sparsecores = (jnp.arange(num_sparsecores) - table.rows.rotation) % num_sparsecores
+    valid = jnp.arange(rows) * num_sparsecores + sparsecores[:, None] < count
+    shards = stacked.reshape(num_sparsecores, -1, stacked.shape[1])
+    start = table.rows.row_offset_in_shard
+    place = shards.at[:, start : start + rows, :columns]
+    return place.set(jnp.where(valid[..., None], block, place.get())).reshape(stacked.shape)
+
+
 def join_tables(
     filler: Any, values: Sequence[Any], tables: Sequence[TablePlan], shape: tuple[int, ...], num_sparsecores: int
 ) -> Any:

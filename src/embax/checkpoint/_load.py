@@ -16,7 +16,7 @@ from embax.checkpoint._extra import NamedLeaf, check_leaves, decode, named_leave
 from embax.checkpoint._format import EXTRA_DIRECTORY, Stored, check_array, check_files, read_metadata
 from embax.checkpoint._orbax import read_arrays
 from embax.checkpoint._save import resolve
-from embax.checkpoint._tables import empty_stack, put_logical
+from embax._blocks import empty_stack, put_logical
 
 
 def read_table(stored: Stored, name: str, label: str) -> np.ndarray:

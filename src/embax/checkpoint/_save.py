@@ -16,7 +16,7 @@ from embax.checkpoint._errors import CheckpointError
 from embax.checkpoint._extra import NamedLeaf, encode, named_leaves
 from embax.checkpoint._format import EXTRA_DIRECTORY, METADATA_FILE, array_checksum, array_directory, write_metadata
 from embax.checkpoint._orbax import write_arrays
-from embax.checkpoint._tables import take_logical
+from embax._blocks import take_logical
 
 
 class TableGroup(NamedTuple):

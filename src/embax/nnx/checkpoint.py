@@ -14,7 +14,7 @@ from embax.checkpoint._extra import NamedLeaf, check_leaves, named_leaves
 from embax.checkpoint._format import check_files, read_metadata
 from embax.checkpoint._load import read_leaves, read_stack, read_table
 from embax.checkpoint._save import TableGroup, resolve, write_checkpoint
-from embax.nnx.embed import EmbeddingVariablesParam, SparseCoreEmbed
+from embax.nnx.embed import EmbeddingVariablesParam, InvalidIds, SparseCoreEmbed
 
 
 def _layers(model: nnx.Module) -> dict[str, SparseCoreEmbed]:
@@ -40,7 +40,7 @@ def _groups(layers: dict[str, SparseCoreEmbed]) -> list[TableGroup]:
 
 def _rest(node: Any) -> nnx.State:
     """The state of a model or an optimizer without the tables."""
-    return nnx.state(node, nnx.Not(EmbeddingVariablesParam))
+    return nnx.state(node, nnx.Not(nnx.Any(EmbeddingVariablesParam, InvalidIds)))
 
 
 def _value(variable: Any) -> Any:

@@ -1,39 +1,74 @@
 """`SparseCoreEmbed` for Flax NNX: large embedding tables that are updated in place in the backward pass."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 try:
     import optax
     from flax import nnx
+    from flax.errors import TraceContextError
 except ImportError as error:
     raise ImportError("embax.nnx needs Flax and optax: pip install 'embax[flax]'") from error
 
-from embax._lookup_vjp import lookup_and_update
-from embax._matmul import checked_limits, feature_structure, read_rows
+from embax._layer import Shell, chosen, refuse_several
+from embax._matmul import read_rows
 from embax._preprocess.buffers import PreprocessedInput
-from embax._preprocess.packer import Packer
-from embax._stacking.plan import make_plan
-from embax._stacking.stack import copy_feature_specs, prepare_feature_specs_for_training
-from embax._variables import EmbeddingVariables, init_embedding_variables
+from embax._rows import load_tables, write_rows
+from embax._variables import EmbeddingVariables, without_slots
 
 
 class EmbeddingVariablesParam(nnx.Param):
     """Tables and slots of a `SparseCoreEmbed`. What differentiation returns for it is not a gradient: it is the new value."""
 
 
-class _Features:
-    """A placed feature tree as a static attribute, with the limits of new rows: compared by identity, no trace looks inside."""
+class InvalidIds(nnx.Variable):
+    """int32[features]: ids that the last call with raw ids inside jit left out since they or their weights are not valid."""
 
-    def __init__(self, specs: Any, embedding_var_limits: Mapping[str, Any] | None) -> None:
-        self.specs = specs
-        self.structure = feature_structure(specs)
-        self.plan = make_plan(specs)
-        self.limits = checked_limits(embedding_var_limits, self.plan)
+
+def is_embedding_variables(path: Any, value: Any) -> bool:
+    """An NNX filter for the tables and slots of embedding layers."""
+    del path
+    return isinstance(value, EmbeddingVariablesParam)
+
+
+def is_non_embedding_variables(path: Any, value: Any) -> bool:
+    """An NNX filter for everything but the tables and slots of embedding layers."""
+    return not is_embedding_variables(path, value)
+
+
+def get_named_sharding(node: Any, mesh: jax.sharding.Mesh) -> nnx.State:
+    """The shardings of the state of a model, an optimizer or the like, such as `nnx.jit` and `jax.device_put` take them.
+
+    Args:
+        node: an NNX module, graph node or state.
+        mesh: the mesh of its layers.
+
+    Returns:
+        The state with a `NamedSharding` in the place of every array: tables and slots by rows over the axis of their layer,
+        all else as NNX says, and replicated where it says nothing.
+
+    Example:
+        >>> shardings = embax.nnx.embed.get_named_sharding(model, mesh)
+        >>> nnx.update(model, jax.device_put(nnx.state(model), shardings))
+    """
+
+    def of_variable(variable):
+        if isinstance(variable, EmbeddingVariablesParam):
+            rows = variable.get_metadata().get("embedding_sharding", jax.P())
+            specs = jax.tree.map(lambda array: rows if jnp.ndim(array) else jax.P(), variable.get_value())
+        else:
+            spec = nnx.get_partition_spec(variable)
+            specs = spec.get_value() if isinstance(spec, nnx.Variable) else spec
+            specs = jax.P() if specs is None else specs
+        shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
+        return variable.replace(shardings)
+
+    state = node if isinstance(node, nnx.State) else nnx.state(node)
+    return jax.tree.map(of_variable, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 class SparseCoreEmbed(nnx.Module):
@@ -46,20 +81,33 @@ class SparseCoreEmbed(nnx.Module):
 
     Args:
         feature_specs: pytree of `FeatureSpec`. Specs that are not placed yet are placed in a copy.
+        sharding_axis: the axis of the mesh, or a tuple of axes, that tables are sharded over by rows, and the batch by
+            samples; over the other axes they are replicated. None where the mesh has one axis.
+        mesh: the devices; None for one device.
         rngs: source of the key that draws the tables, `rngs.params()`.
+        enable_minibatching: whether a batch beyond the limits of partitions is divided into minibatches.
+        table_sharding_strategy: "MOD", the only one: row `id` is on SparseCore `id % N`.
         limits: "grow", the limits grow with the batches, recompiling the step now and then; "raise", a batch beyond the
             limits of the specs is a ValueError; or "drop", ids beyond them are dropped and counted: see `embax.preprocess`.
+            None means "grow" where this process has all devices, else "raise".
         validation: what happens to ids and weights that are not valid, "raise", "drop" or "trust": see `embax.preprocess`.
-        enable_minibatching: whether a batch beyond the limits of partitions is divided into minibatches.
-        num_sc_per_device: SparseCores of the device; None means its own (4 virtual ones off TPU).
+        num_sc_per_device: SparseCores of a device; None means its own (4 virtual ones off TPU).
         embedding_var_limits: `(min, max)` that the new rows of a stack's table are clipped to, by the name of the stack: see
             `embax.apply_gradients`.
+        frozen: True, or a tuple of names of tables: these are never updated and have no slots. All tables of a stack must be
+            frozen, or none.
+        skip_nonfinite: whether a step with a gradient of an activation that is not finite, on any device, leaves all tables
+            and slots as they are.
+        dtype: of the activations, such as `jnp.bfloat16`; None means float32. Tables are float32.
 
     Attributes:
         embedding_table: `EmbeddingVariables` of each stack by name.
+        invalid_ids: int32[features] in the order of the feature leaves, overwritten by each call with raw ids inside jit: the
+            ids that were left out since they or their weights are not valid. A function that closes over the model instead of
+            taking it as an argument of `nnx.jit` does not get them.
 
     Raises:
-        ValueError: the specs are inconsistent.
+        ValueError: the specs are inconsistent, or an argument is not what is described here.
 
     Example:
         >>> embed = SparseCoreEmbed(features, rngs=nnx.Rngs(0))
@@ -69,109 +117,138 @@ class SparseCoreEmbed(nnx.Module):
     def __init__(
         self,
         feature_specs: Any,
+        sharding_axis: str | tuple[str, ...] | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        rngs: nnx.Rngs | None = None,
         *,
-        rngs: nnx.Rngs,
-        limits: str = "grow",
-        validation: str = "raise",
         enable_minibatching: bool = False,
+        table_sharding_strategy: str = "MOD",
+        limits: str | None = None,
+        validation: str = "raise",
         num_sc_per_device: int | None = None,
         embedding_var_limits: Mapping[str, tuple[float | None, float | None]] | None = None,
+        frozen: bool | Collection[str] = False,
+        skip_nonfinite: bool = False,
+        dtype: Any = None,
     ):
-        specs = copy_feature_specs(feature_specs)
-        prepare_feature_specs_for_training(specs, 1, num_sc_per_device)
-        self._features = nnx.static(_Features(specs, embedding_var_limits))
-        packer = Packer(specs, limits=limits, validation=validation, enable_minibatching=enable_minibatching)
-        self._packer = nnx.static(packer)
-        self.embedding_table = EmbeddingVariablesParam(init_embedding_variables(rngs.params(), specs))
+        if not isinstance(rngs, nnx.Rngs):
+            raise ValueError(f"SparseCoreEmbed: rngs is {rngs!r}; pass rngs=nnx.Rngs(seed).")
+        options = {
+            "mesh": mesh,
+            "sharding_axis": sharding_axis,
+            "table_sharding_strategy": table_sharding_strategy,
+            "limits": limits,
+            "validation": validation,
+            "enable_minibatching": enable_minibatching,
+            "num_sc_per_device": num_sc_per_device,
+            "embedding_var_limits": embedding_var_limits,
+            "frozen": frozen,
+            "skip_nonfinite": skip_nonfinite,
+            "dtype": dtype,
+        }
+        shell = Shell("SparseCoreEmbed", feature_specs, **options)
+        variables = shell.init(rngs.params())
+        self._shell = nnx.static(shell)
+        self._options = nnx.static(options)
+        rows = jax.P() if shell.mesh is None else shell.mesh.leading
+        self.embedding_table = EmbeddingVariablesParam(variables, embedding_sharding=rows)
         # Its "gradient" counts the differentiated lookups that the "gradient" of the tables is the sum of.
         self.lookups = EmbeddingVariablesParam(jnp.zeros((), jnp.float32))
+        self.invalid_ids = InvalidIds(jnp.zeros(shell.plan.num_features, jnp.int32))
 
     @property
     def feature_specs(self) -> Any:
         """The placed feature specs."""
-        return self._features.specs
+        return self._shell.specs
 
     @property
-    def packer(self) -> Packer:
+    def packer(self) -> Callable[..., PreprocessedInput]:
         """What packs for this layer: `packer(ids, weights)` is `preprocess(ids, weights)`.
 
         Another thread that packs ahead of the steps must take this once and call it: while `nnx.jit` updates a model, its
         attributes are missing for moments.
         """
-        return self._packer
+        return self._shell.pack
 
     def preprocess(self, ids: Any, weights: Any = None) -> PreprocessedInput:
         """Packs a batch on the host, ahead of the jitted step (in another thread: see `packer`).
 
+        With a mesh of several devices it waits until at most 16 steps are unfinished: see `embax.StepsInFlight`.
+
         Args:
-            ids: ids of each feature, in the structure of the specs: see `embax.preprocess`.
+            ids: ids of each feature, in the structure of the specs: see `embax.preprocess`. Of the samples of a batch each of
+                several processes gives those of its own devices.
             weights: None, or float weights of the same structure and shapes.
 
         Returns:
-            The packed batch, to be passed into the step.
+            The packed batch, to be passed into the step; with a mesh its arrays are on the devices.
 
         Raises:
-            ValueError: an id or a weight is not valid, or under `limits="raise"` a limit is exceeded; or the last step looked
-                the tables up more than once.
+            ValueError: an id or a weight is not valid, the batch does not divide over the devices, or under `limits="raise"`
+                a limit is exceeded; or the last step looked the tables up more than once.
         """
-        _refuse_several(self.lookups.get_value())
-        return self._packer(ids, weights)
+        lookups = self.lookups.get_value()
+        refuse_several(lookups)
+        self._shell.wait(lookups)
+        return self._shell.pack(ids, weights)
 
-    def __call__(self, packed: PreprocessedInput, step: int | jax.Array | None = None) -> Any:
-        """The activations of a packed batch.
+    def __call__(self, inputs: Any, step: int | jax.Array | None = None, *, weights: Any = None) -> Any:
+        """The activations of a batch.
 
         Args:
-            packed: what `preprocess` returned.
+            inputs: what `preprocess` returned; or ids in the structure of the specs. Outside jit these are packed by
+                `preprocess`; inside jit they are packed there, and those that are not valid are counted in `invalid_ids`.
             step: the number of the step, for schedules and for optimizers that need it (Adam, F2A).
+            weights: with ids None, or weights of the same structure and shapes.
 
         Returns:
-            float32[batch, output_dim] of each feature, in the structure of the specs.
+            float32[batch, output_dim] of each feature, or of the layer's dtype, in the structure of the specs.
 
         Raises:
-            ValueError: the batch was packed for other specs, or a schedule needs `step`.
+            ValueError: the batch was packed for other specs, an id or a weight is not valid, or a schedule needs `step`.
         """
-        if not isinstance(packed, PreprocessedInput):
-            raise ValueError(
-                f"SparseCoreEmbed was called with {type(packed).__name__}; it takes a packed batch: call "
-                "embed(embed.preprocess(ids)), with preprocess outside jit."
-            )
-        activations: Any = lookup_and_update(
-            self._features.plan,
-            self._features.limits,
-            self.embedding_table.get_value(),
-            self.lookups.get_value(),
-            packed,
-            step,
-        )
-        return jax.tree.unflatten(self._features.structure, activations)
+        variables, lookups = self.embedding_table.get_value(), self.lookups.get_value()
+        activations, invalid_ids = self._shell.lookup(variables, lookups, inputs, weights, step)
+        if invalid_ids is not None:
+            with contextlib.suppress(TraceContextError):  # The model is no argument of what is traced: it cannot take them out.
+                self.invalid_ids.set_value(invalid_ids)
+        return activations
 
     def rows(self, table: str, ids: Any) -> jax.Array:
         """Rows of a table by id: see `embax.read_rows`."""
-        return read_rows(self.embedding_table.get_value(), table, ids, specs=self._features.specs)
+        return read_rows(self.embedding_table.get_value(), table, ids, specs=self._shell.specs)
 
+    def set_rows(self, table: str, ids: Any, values: Any) -> None:
+        """Sets rows of a table by id, see `embax.write_rows`. Outside jit the table is copied once."""
+        variables = self.embedding_table.get_value()
+        self.embedding_table.set_value(write_rows(variables, table, ids, values, specs=self._shell.specs))
 
-def _refuse_several(lookups: Any) -> None:
-    """Raises a ValueError if the number of lookups is known, and above 1."""
-    if isinstance(lookups, Tracer) or lookups.is_deleted() or not lookups.is_ready() or lookups <= 1:
-        return
-    raise ValueError(
-        f"The tables were looked up {int(lookups)} times in one differentiated step. The backward pass of a lookup updates the "
-        "tables, and several updates of one table cannot be added: the tables were left as they are. Look all batches up in "
-        "one call, as features that share the table or as one larger batch."
-    )
+    def load(self, tables: Mapping[str, Any]) -> None:
+        """Puts given weights in the place of whole tables, in place: see `embax.load_tables`."""
+        variables = self.embedding_table.get_value()
+        self.embedding_table.set_value(load_tables(variables, tables, specs=self._shell.specs))
+
+    def without_slots(self) -> "SparseCoreEmbed":
+        """A frozen layer with the same tables and without slots, to evaluate and to serve.
+
+        The tables are the same arrays: a step of this layer that donates them deletes them for the other one too.
+        """
+        options = self._options | {"frozen": True, "skip_nonfinite": False}
+        # Of an abstract layer, so that no table is drawn.
+        layer = nnx.eval_shape(lambda: type(self)(self._shell.specs, rngs=nnx.Rngs(0), **options))
+        layer.embedding_table.set_value(without_slots(self.embedding_table.get_value()))
+        layer.lookups.set_value(jnp.zeros((), jnp.float32))
+        layer.invalid_ids.set_value(jnp.zeros_like(self.invalid_ids.get_value()))
+        return layer
 
 
 def _take_over(layer: "SparseCoreEmbed", new: Mapping[str, EmbeddingVariables], lookups: jax.Array) -> None:
-    """Gives a layer the tables that its backward pass returned, if there was exactly one differentiated lookup.
+    """Gives a layer the tables that its backward pass returned, if there was exactly one differentiated lookup; see `chosen`.
 
-    Without one the gradients are zeros, and of several they are a sum that means nothing: the layer keeps its tables, and
-    raises at the next `preprocess`. XLA folds the number, a constant of the compiled step, and the choice with it; where it
-    cannot, under `lax.cond`, the tables are copied.
+    Otherwise it keeps its tables, and after several raises at the next `preprocess`.
     """
-    _refuse_several(lookups)
-    once = lookups == 1
     old = layer.embedding_table.get_value()
-    layer.embedding_table.set_value(jax.tree.map(lambda before, after: jnp.where(once, after, before), old, dict(new)))
+    layer.embedding_table.set_value(chosen(lookups, dict(new), old))
     layer.lookups.set_value(lookups)
 
 

@@ -79,7 +79,7 @@ def put_logical(stacked: jax.Array, values: np.ndarray, table: TablePlan, num_sp
 
     Args:
         stacked: [rows, dim] or [rows] array of the stack; it is donated.
-        values: float32[table.vocabulary_size, table.embedding_dim], or float32[table.vocabulary_size].
+        values: floating point [table.vocabulary_size, table.embedding_dim], or [table.vocabulary_size].
         table: the table's place.
         num_sparsecores: SparseCores that the stack is laid out for.
 
@@ -88,6 +88,6 @@ def put_logical(stacked: jax.Array, values: np.ndarray, table: TablePlan, num_sp
     """
     count, firsts = _blocks(table)
     for first in firsts:
-        rows = values[first : first + count]
+        rows = np.asarray(values[first : first + count], np.float32)
         stacked = _put(stacked, rows, first, table.rows, num_sparsecores=num_sparsecores)
     return stacked.block_until_ready()

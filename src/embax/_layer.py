@@ -1,0 +1,243 @@
+"""What the layers for Linen and NNX share: everything but how each framework holds variables."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from embax._checks import boolean
+from embax._lookup_vjp import LookupSettings, lookup_and_update
+from embax._matmul import checked_limits, feature_structure
+from embax._mesh import StepsInFlight, TableMesh
+from embax._ops.geometry import inside_shard_map
+from embax._preprocess.all_reduce import AllReduceInterface, DistributedAllReduce
+from embax._preprocess.buffers import PreprocessedInput
+from embax._preprocess.coo import SparseCoo
+from embax._preprocess.inputs import Ragged
+from embax._preprocess.packer import Packer
+from embax._stacking.plan import Plan, make_plan
+from embax._stacking.stack import copy_feature_specs, prepare_feature_specs_for_training
+from embax._variables import EmbeddingVariables, init_embedding_variables
+
+
+def _frozen_stacks(frozen: Any, plan: Plan) -> frozenset[str]:
+    """The stacks whose tables are frozen.
+
+    Raises:
+        ValueError: a name is of no table, or some tables of a stack are frozen and others not.
+    """
+    names = {table.name for stack in plan.stacks for table in stack.tables}
+    if isinstance(frozen, bool):
+        return frozenset(stack.name for stack in plan.stacks if frozen)
+    if isinstance(frozen, str) or not isinstance(frozen, Collection):
+        raise ValueError(f"frozen is {frozen!r}; it must be True, False or a tuple of names of tables.")
+    if unknown := sorted(set(map(str, frozen)) - names):
+        raise ValueError(f"frozen has {unknown}, which are no tables; the tables are {sorted(names)}.")
+    stacks = set()
+    for stack in plan.stacks:
+        moving = [table.name for table in stack.tables if table.name not in frozen]
+        if not moving:
+            stacks.add(stack.name)
+        elif len(moving) < len(stack.tables):
+            raise ValueError(
+                f"Stack {stack.name!r} holds frozen tables and others, {moving}, and is updated as a whole. Stack the frozen "
+                "tables apart, or give the layer specs that are not stacked."
+            )
+    return frozenset(stacks)
+
+
+def float32_variables(variables: Any) -> Any:
+    """The variables with half precision arrays as float32, in which tables are looked up and updated."""
+
+    def cast(array):
+        half = getattr(array, "dtype", None) in (jnp.bfloat16, jnp.float16)
+        return array.astype(jnp.float32) if half else array
+
+    return jax.tree.map(cast, variables)
+
+
+def known_lookups(lookups: Any) -> float:
+    """The number of differentiated lookups of the last step, 0 where it is not known without waiting."""
+    if not isinstance(lookups, jax.Array) or isinstance(lookups, Tracer):
+        return 0
+    if lookups.is_deleted() or not lookups.is_ready() or not lookups.is_fully_addressable:
+        return 0
+    return float(lookups.max())
+
+
+def refuse_several(lookups: Any) -> None:
+    """Raises a ValueError if the number of lookups is known, and above 1."""
+    count = known_lookups(lookups)
+    if count > 1:
+        raise ValueError(
+            f"The tables were looked up {int(count)} times in one differentiated step. The backward pass of a lookup updates "
+            "the tables, and several updates of one table cannot be added: the tables were left as they are. Look all batches "
+            "up in one call, as features that share the table or as one larger batch."
+        )
+
+
+def chosen(lookups: jax.Array, new: Any, old: Any) -> Any:
+    """The tables that a backward pass returned, if there was exactly one differentiated lookup; else the old ones.
+
+    Without one the gradients are zeros, and of several they are a sum that means nothing. XLA folds the number, a constant
+    of the compiled step, and the choice with it; where it cannot, under `lax.cond`, the tables are copied.
+    """
+    refuse_several(lookups)
+    once = jnp.max(lookups) == 1
+    return jax.tree.map(lambda before, after: jnp.where(once, after, before), old, new)
+
+
+class Shell:
+    """Placed specs, packing, lookup and first values of one layer. Compared by identity, so that no trace looks inside.
+
+    Args:
+        layer: name of the layer in errors.
+        feature_specs: pytree of `FeatureSpec`; those that are not placed yet are placed in a copy.
+        mesh: see `SparseCoreEmbed`, as all that follow.
+        sharding_axis: the axis of the mesh that tables and batch are sharded over.
+        table_sharding_strategy: "MOD".
+        limits: "grow", "raise", "drop" or None.
+        validation: "raise", "drop" or "trust".
+        enable_minibatching: whether large batches are divided into minibatches.
+        num_sc_per_device: SparseCores of a device.
+        embedding_var_limits: what new rows are clipped to.
+        frozen: True, or names of tables.
+        skip_nonfinite: whether steps with gradients that are not finite are skipped.
+        dtype: of the activations.
+
+    Raises:
+        ValueError: an argument is not what is described here, or the specs are inconsistent.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        feature_specs: Any,
+        *,
+        mesh: Any = None,
+        sharding_axis: Any = None,
+        table_sharding_strategy: str = "MOD",
+        limits: str | None = None,
+        validation: str = "raise",
+        enable_minibatching: bool = False,
+        num_sc_per_device: int | None = None,
+        embedding_var_limits: Mapping[str, Any] | None = None,
+        frozen: bool | Collection[str] = False,
+        skip_nonfinite: bool = False,
+        dtype: Any = None,
+    ):
+        if table_sharding_strategy != "MOD":
+            raise ValueError(f"table_sharding_strategy is {table_sharding_strategy!r}; it must be 'MOD'.")
+        self.layer = layer
+        self.mesh = TableMesh.checked(mesh, sharding_axis)
+        num_devices = 1 if self.mesh is None else self.mesh.num_devices
+        self.specs = copy_feature_specs(feature_specs)
+        prepare_feature_specs_for_training(self.specs, num_devices, num_sc_per_device)
+        self.structure = feature_structure(self.specs)
+        self.plan = make_plan(self.specs)
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"dtype is {self.dtype}; it must be a floating point type, such as jnp.bfloat16.")
+        self.settings = LookupSettings(
+            self.plan,
+            checked_limits(embedding_var_limits, self.plan),
+            self.mesh,
+            _frozen_stacks(frozen, self.plan),
+            boolean(layer, "skip_nonfinite", skip_nonfinite),
+        )
+        self._num_local = 1 if self.mesh is None else self.mesh.num_local_devices
+        if self._num_local == 0:
+            raise ValueError("No device of the mesh is of this process; make a mesh of devices of all processes.")
+        everything_here = self._num_local == num_devices
+        self._packing: dict[str, Any] = {
+            "limits": ("grow" if everything_here else "raise") if limits is None else limits,
+            "validation": validation,
+            "num_local_devices": self._num_local,
+            "enable_minibatching": enable_minibatching,
+        }
+        all_reduce = None if everything_here or not enable_minibatching else DistributedAllReduce()
+        self._packer = Packer(self.specs, **self._packing, all_reduce=all_reduce)
+        self._agreeing: tuple[AllReduceInterface, Packer] | None = None
+        self._in_flight = StepsInFlight()
+
+    def init(self, key: jax.Array) -> dict[str, EmbeddingVariables]:
+        """The first values; frozen stacks have no slots."""
+        mesh, axes = (None, None) if self.mesh is None else (self.mesh.mesh, self.mesh.axes)
+        return init_embedding_variables(
+            key, self.specs, mesh=mesh, sharding_axis=axes, without_slots=self.settings.frozen
+        )
+
+    def pack(
+        self,
+        ids: Any,
+        weights: Any = None,
+        *,
+        batch_number: int | None = None,
+        all_reduce: AllReduceInterface | None = None,
+    ) -> PreprocessedInput:
+        """A packed batch, on the devices of the mesh if there is one; traced ids are packed where they are traced."""
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((ids, weights))):
+            return self._pack_traced(ids, weights)
+        packer = self._packer if all_reduce is None else self._packer_with(all_reduce)
+        packed = packer(ids, weights, batch_number=batch_number)
+        if self.mesh is None or inside_shard_map():
+            return packed
+        return self.mesh.place(packed)
+
+    def _packer_with(self, all_reduce: AllReduceInterface) -> Packer:
+        if not self._packing["enable_minibatching"]:
+            return self._packer  # Nothing is agreed on.
+        if self._agreeing is None or self._agreeing[0] is not all_reduce:
+            self._agreeing = (all_reduce, Packer(self.specs, **self._packing, all_reduce=all_reduce))
+        return self._agreeing[1]
+
+    def _pack_traced(self, ids: Any, weights: Any) -> PreprocessedInput:
+        if self.mesh is None or self.mesh.num_devices == 1 or inside_shard_map():
+            return self._packer(ids, weights)
+        self._check_divides(ids)
+        spec, axis_name = self.mesh.leading, self.mesh.axis_name
+
+        def pack(ids, weights):
+            packed = self._packer(ids, weights)
+            return packed.replace(invalid_ids=None), jax.lax.psum(packed.invalid_ids, axis_name)
+
+        packed, invalid_ids = self.mesh.shard_map(pack, (spec, spec), (spec, jax.P()))(ids, weights)
+        return packed.replace(invalid_ids=invalid_ids)
+
+    def _check_divides(self, ids: Any) -> None:
+        """Raises a ValueError unless traced ids can be divided over the devices."""
+        flat = jax.tree_util.tree_leaves_with_path(ids, is_leaf=lambda leaf: isinstance(leaf, Ragged | SparseCoo))
+        for path, leaf in flat:
+            where, num_devices = f"ids{jax.tree_util.keystr(path)}", self.plan.num_devices
+            if isinstance(leaf, Ragged | SparseCoo):
+                raise ValueError(
+                    f"{self.layer}: {where} are a {type(leaf).__name__} inside jit, which cannot be divided over {num_devices} "
+                    "devices there. Pack outside jit with preprocess, or give dense ids, in which -1 is padding."
+                )
+            batch = leaf.shape[0] if getattr(leaf, "shape", ()) else 0
+            if batch % num_devices:
+                raise ValueError(
+                    f"{self.layer}: {where} have a batch of {batch}, which does not divide by the {num_devices} devices; fill it "
+                    f"up to {-(-batch // num_devices) * num_devices} samples (ids of -1 contribute nothing)."
+                )
+
+    def wait(self, result: jax.Array) -> None:
+        """Bounds the steps in flight where that is needed, given a small result of the last one."""
+        several = self.mesh is not None and self.mesh.mesh.devices.size > 1
+        if several and not isinstance(result, Tracer) and not result.is_deleted():
+            self._in_flight(jnp.copy(result))  # The result itself will be donated.
+
+    def lookup(
+        self, variables: Any, lookups: jax.Array, inputs: Any, weights: Any, step: Any
+    ) -> tuple[Any, jax.Array | None]:
+        """Activations in the structure of the specs, and the ids that were not valid, of each feature, if they were counted."""
+        if not isinstance(inputs, PreprocessedInput):
+            inputs = self.pack(inputs, weights)
+        elif weights is not None:
+            raise ValueError(f"{self.layer}: weights come with ids; a packed batch has them in it already.")
+        features = lookup_and_update(self.settings, float32_variables(variables), lookups, inputs, step)
+        if self.dtype is not None:
+            features = [activations.astype(self.dtype) for activations in features]
+        return jax.tree.unflatten(self.structure, features), getattr(inputs, "invalid_ids", None)

@@ -1,0 +1,165 @@
+"""Which devices the tables and the batch are sharded over."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from embax._checks import positive_int
+from embax._ops.geometry import inside_shard_map
+from embax._preprocess.buffers import PreprocessedInput
+
+_PACKED_ARRAYS = ("row_pointers", "embedding_ids", "sample_ids", "gains", "num_minibatches")
+
+
+@dataclasses.dataclass(frozen=True)
+class TableMesh:
+    """A mesh, and the axes of it that rows of tables and samples are sharded over; over the others they are replicated."""
+
+    mesh: jax.sharding.Mesh
+    axes: tuple[str, ...]
+
+    @classmethod
+    def checked(cls, mesh: Any, sharding_axis: Any) -> "TableMesh | None":
+        """From the arguments of a public function; None without a mesh.
+
+        Raises:
+            ValueError: there is an axis without a mesh, the mesh has no such axis, or no axis is given where it has several.
+        """
+        if mesh is None:
+            if sharding_axis is not None:
+                raise ValueError(
+                    f"sharding_axis is {sharding_axis!r}, and there is no mesh; pass the mesh too, or neither for one device."
+                )
+            return None
+        if not isinstance(mesh, jax.sharding.Mesh):
+            raise ValueError(
+                f"mesh is a {type(mesh).__name__}; it must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('devices',))."
+            )
+        names = tuple(mesh.axis_names)
+        if sharding_axis is None:
+            if len(names) > 1:
+                raise ValueError(
+                    f"The mesh has the axes {names}, and sharding_axis does not say which of them tables and batch are "
+                    f"sharded over; pass sharding_axis={names[0]!r}, or a tuple of names."
+                )
+            sharding_axis = names
+        axes = (sharding_axis,) if isinstance(sharding_axis, str) else sharding_axis
+        if not isinstance(axes, Sequence) or not axes or len(set(axes)) < len(axes) or not set(axes) <= set(names):
+            raise ValueError(
+                f"sharding_axis is {sharding_axis!r}, but the mesh has the axes {names}; it must be one of them, or a tuple of "
+                "different ones."
+            )
+        return cls(mesh, tuple(axes))
+
+    @functools.cached_property
+    def num_devices(self) -> int:
+        """Parts that tables and batch are divided into."""
+        return int(np.prod([self.mesh.shape[axis] for axis in self.axes]))
+
+    @functools.cached_property
+    def num_local_devices(self) -> int:
+        """Those of them that devices of this process hold."""
+        here = jax.process_index()
+        by_part = np.moveaxis(
+            self.mesh.devices, [self.mesh.axis_names.index(axis) for axis in self.axes], range(len(self.axes))
+        ).reshape(self.num_devices, -1)
+        return sum(any(device.process_index == here for device in part) for part in by_part)
+
+    @property
+    def leading(self) -> jax.P:
+        """The spec of arrays that are sharded along their first dimension."""
+        return jax.P(self.axes[0] if len(self.axes) == 1 else self.axes)
+
+    @property
+    def axis_name(self) -> str | tuple[str, ...]:
+        """What collective operations over the parts take as the name of the axis."""
+        return self.axes[0] if len(self.axes) == 1 else self.axes
+
+    def sharding(self, ndim: int) -> jax.sharding.NamedSharding:
+        """The sharding of an array of a table, [rows, dim] or [rows]."""
+        return jax.sharding.NamedSharding(self.mesh, jax.P(*self.leading, *(None,) * (ndim - 1)))
+
+    def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`jax.shard_map` over the mesh, of arrays that may be sharded otherwise before."""
+        mapped = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+        def resharding(*args):
+            return mapped(
+                *(
+                    jax.tree.map(functools.partial(self._as_explicit, spec), arg)
+                    for arg, spec in zip(args, in_specs, strict=True)
+                )
+            )
+
+        return resharding
+
+    def _as_explicit(self, spec: jax.P, array: Any) -> Any:
+        """The array in the sharding that shard_map asks for where the axes of a mesh are explicit, and it reshards nothing."""
+        explicit = jax.sharding.AxisType.Explicit in self.mesh.axis_types
+        if not explicit or not isinstance(array, jax.Array):
+            return array
+        full = jax.P(*spec, *(None,) * (array.ndim - len(spec)))
+        if jax.typeof(array).sharding.spec == full:
+            return array
+        sharding = jax.sharding.NamedSharding(self.mesh, full)
+        return jax.sharding.reshard(array, sharding) if isinstance(array, Tracer) else jax.device_put(array, sharding)
+
+    def place(self, packed: PreprocessedInput) -> PreprocessedInput:
+        """A batch that this process packed for its devices, as global arrays on the devices of the mesh."""
+        sharding = jax.sharding.NamedSharding(self.mesh, self.leading)
+        arrays = {name: array for name in _PACKED_ARRAYS if (array := getattr(packed, name)) is not None}
+        if self.num_local_devices == self.num_devices and jax.process_count() == 1:
+            return packed.replace(**jax.device_put(arrays, sharding))
+        return packed.replace(
+            **{
+                name: jax.make_array_from_process_local_data(
+                    sharding, array, (array.shape[0] // self.num_local_devices * self.num_devices, *array.shape[1:])
+                )
+                for name, array in arrays.items()
+            }
+        )
+
+
+def on_devices(mesh: TableMesh | None, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` as it is for one device and inside shard_map, else mapped over the devices of the mesh."""
+    return function if mesh is None or inside_shard_map() else mesh.shard_map(function, in_specs, out_specs)
+
+
+class StepsInFlight:
+    """Bounds the steps that are dispatched and not finished: before another one it waits for that of `limit` steps ago.
+
+    JAX dispatches steps without waiting for them. On jax 0.10, a long queue of steps that exchange data between several CPU
+    devices of a process ends the process.
+
+    Args:
+        limit: steps that may be unfinished.
+
+    Raises:
+        ValueError: the limit is not positive.
+
+    Example:
+        >>> in_flight = embax.StepsInFlight()
+        >>> for batch in batches:
+        ...     state, loss = train_step(state, batch)
+        ...     in_flight(loss)
+    """
+
+    def __init__(self, limit: int = 16):
+        self.limit = positive_int("StepsInFlight", "limit", limit)
+        self._results: collections.deque[jax.Array] = collections.deque()
+
+    def __call__(self, result: jax.Array) -> None:
+        """Notes a step, and waits for that of `limit` steps ago.
+
+        Args:
+            result: a small array that the step returned. It must not be donated to another step.
+        """
+        self._results.append(result)
+        while len(self._results) > self.limit:
+            self._results.popleft().block_until_ready()
