@@ -111,7 +111,7 @@ def test_rules_that_count_agree_with_brute_force(data):
 
 
 def test_loss_is_the_corrected_softmax_over_the_batch(data, standard_promotion):
-    model = two_tower.TwoTower(data, 64, nnx.Rngs(0))
+    model = two_tower.new_model(data, 64, 0)
     rows = np.arange(0, 640, 10)
     answers = data.answers[rows]
     assert len(set(answers)) < len(answers)  # some aircraft fly twice
@@ -132,10 +132,13 @@ def test_loss_is_the_corrected_softmax_over_the_batch(data, standard_promotion):
 
 
 def test_training_repeats_bit_for_bit(data, standard_promotion):
-    (model, losses), (_, again), (_, other) = (two_tower.train(data, 128, 1, seed) for seed in (0, 0, 1))
+    models = [two_tower.new_model(data, 128, seed) for seed in (0, 0, 1)]
+    losses, again, other = (
+        two_tower.train(model, data, 128, 1, seed) for model, seed in zip(models, (0, 0, 1), strict=True)
+    )
     assert losses == again
     assert losses != other
-    ranks = two_tower.ranks(model, data)
+    ranks = two_tower.ranks(models[0], data)
     assert ((ranks == flights.NEVER) == (data.answers[data.test] < 0)).all()
     assert ranks[ranks != flights.NEVER].max() < data.rows["aircraft"]
 

