@@ -61,7 +61,12 @@ def float32_variables(variables: Any) -> Any:
 
 def known_lookups(lookups: Any) -> float:
     """The number of differentiated lookups of the last step, 0 where it is not known without waiting."""
-    if isinstance(lookups, Tracer) or lookups.is_deleted() or not lookups.is_ready() or not lookups.is_fully_addressable:
+    if (
+        isinstance(lookups, Tracer)
+        or lookups.is_deleted()
+        or not lookups.is_ready()
+        or not lookups.is_fully_addressable
+    ):
         return 0
     return float(np.asarray(lookups).max())
 
@@ -232,9 +237,7 @@ class Shell:
         if several and not isinstance(result, Tracer) and not result.is_deleted():
             self._in_flight(jnp.copy(result))  # The result itself will be donated.
 
-    def lookup(
-        self, variables: Any, lookups: jax.Array, inputs: Any, weights: Any, step: Any
-    ) -> tuple[Any, jax.Array | None]:
+    def lookup(self, variables: Any, lookups: jax.Array, inputs: Any, weights: Any, step: Any) -> tuple[Any, Any]:
         """Activations in the structure of the specs, and the ids that were not valid, of each feature, if they were counted."""
         if not isinstance(inputs, PreprocessedInput):
             inputs = self.pack(inputs, weights)
