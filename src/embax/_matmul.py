@@ -9,8 +9,9 @@ import numpy as np
 from jax.core import Tracer
 
 from embax._checks import is_finite_number
+from embax._ops.gain_gradients import gain_gradients
 from embax._ops.geometry import inside_shard_map, make_geometry
-from embax._ops.lookup import gain_gradients, lookup_stacks
+from embax._ops.lookup import lookup_stacks
 from embax._ops.row_update import NO_LIMITS, RowLimits
 from embax._ops.unstack import stack_gradients, unstack_activations
 from embax._ops.update import update_stacks

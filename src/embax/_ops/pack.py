@@ -61,10 +61,8 @@ def pack_traced(
 
 
 def _varying_axes(array: jax.Array) -> frozenset[str]:
-    """The mesh axes over which an array differs inside `shard_map`, if it keeps account of them."""
-    type_ = jax.typeof(array)
-    axes = getattr(type_, "manual_axis_type", None)
-    return frozenset(type_.vma if axes is None else axes.varying)
+    """The mesh axes over which an array differs inside `shard_map`, where that is kept account of."""
+    return jax.typeof(array).manual_axis_type.varying
 
 
 def _bind(layout: PackedLayout, features: list[RawFeature]) -> list[jax.Array]:
