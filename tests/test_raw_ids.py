@@ -162,8 +162,8 @@ def test_steps_are_those_of_host_packing_bit_for_bit(sparsecores):
     np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
 
 
-def one_feature(combiner="sum", batch=4, valency=3, vocabulary=50, sparsecores=4, devices=1):
-    table = oracle.table_spec(vocabulary=vocabulary, combiner=combiner)
+def one_feature(combiner="sum", batch=4, valency=3, vocabulary=50, sparsecores=4, devices=1, optimizer=None):
+    table = oracle.table_spec(vocabulary=vocabulary, combiner=combiner, optimizer=optimizer)
     specs = {"f": oracle.feature_spec("f", table, batch=batch, valency=valency)}
     return embax.prepare_feature_specs_for_training(specs, devices, sparsecores)
 
@@ -573,6 +573,25 @@ def test_weights_that_are_not_differentiated_cost_nothing():
     assert "embax_update" in operations(0)
     assert " gather[" in operations((0, 1))
     assert "embax_update" not in operations(1)  # Nothing asks for new tables.
+
+
+def test_on_a_tpu():
+    """Plain JAX packs for the SparseCores; gradients of weights would read their tables as no other operation can."""
+    specs = one_feature(optimizer=embax.AdagradOptimizerSpec(0.1))
+    variables = embax.init_embedding_variables(jax.random.key(0), specs)
+    ids, weights = {"f": np.zeros((4, 3), np.int32)}, {"f": np.ones((4, 3), np.float32)}
+
+    def lower(argnums):
+        step = jax.grad(lambda v, w: jnp.sum(look_up_and_update(specs, v, ids, w)["f"]), argnums)
+        return jax.jit(step).trace(variables, weights).lower(lowering_platforms=("tpu",)).as_text()
+
+    assert "embax_pack" not in lower(0)
+    with pytest.raises(
+        ValueError, match="Stack 'table': gradients with respect to sample weights are not there for tables in"
+    ):
+        lower((0, 1))
+    with embax.use_backend("portable"):
+        lower((0, 1))
 
 
 # What shapes and dtypes tell is an error as the step is traced.

@@ -14,8 +14,9 @@ from embax._ops.exchange import (
     lookup_exchanging,
     update_exchanging,
 )
+from embax._ops.gain_gradients import gain_gradients
 from embax._ops.geometry import Geometry
-from embax._ops.lookup import gain_gradients, lookup_stacks
+from embax._ops.lookup import lookup_stacks
 from embax._ops.row_sums import row_gradients
 from embax._ops.row_update import RowLimits
 from embax._ops.update import opaque_zero, update_stacks

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from embax._checks import INT32_MAX, next_multiple
+from embax._ops.gain_gradients import gain_gradients
 from embax._ops.geometry import Geometry, StackGeometry
-from embax._ops.lookup import gain_gradients, lookup_stacks, quantize
+from embax._ops.lookup import lookup_stacks, quantize
 from embax._ops.row_sums import RowSums, distinct_rows, group, row_gradients, sum_groups
 from embax._ops.row_update import RowLimits
 from embax._ops.update import apply_rows, opaque_zero

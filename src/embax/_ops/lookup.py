@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,37 +51,6 @@ def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGe
     last = count_up_to(sample, wanted) - 1
     present = (last >= 0) & (sample[last] == wanted)
     return jnp.where(present[:, None], sums[last], 0.0).reshape(num_samples, *table.shape[1:])
-
-
-def gain_gradients(
-    gradients: Sequence[jax.Array], packed: PreprocessedInput, tables: Sequence[jax.Array], geometry: Geometry
-) -> list[jax.Array]:
-    """The gradients with respect to the gains of a batch: for each entry the product of its row and its sample's gradient.
-
-    Args:
-        gradients: float32[samples, dim] of each stack, shaped like its activations.
-        packed: a batch packed for one device, or one device's part of it.
-        tables: the tables as they were looked up, float32[rows, dim] or float32[rows] of each stack.
-        geometry: static.
-
-    Returns:
-        float32[capacity] of each stack, 0 where an entry is padding.
-    """
-    arrays: Any = packed_operands(packed)
-    products = []
-    for gradient, table, stack in zip(gradients, tables, geometry.stacks, strict=True):
-        if stack.capacity == 0 or geometry.num_samples(stack) == 0:
-            products.append(jnp.zeros(stack.capacity, jnp.float32))
-            continue
-        partition, ids, sample, _ = entries_of(*arrays, geometry=geometry, stack=stack)
-        valid = sample < geometry.num_samples(stack)
-        rows = table_rows(partition, ids, valid, table.shape[0], geometry)
-        values = quantize(table.at[rows].get(mode="fill", fill_value=0), stack.quantization).reshape(len(rows), -1)
-        of_sample = gradient.at[sample].get(mode="fill", fill_value=0).reshape(len(rows), -1)
-        # Columns that belong to no feature have no gradient, and may hold anything.
-        product = jnp.where(of_sample == 0.0, 0.0, of_sample * values)
-        products.append(jnp.where(rows < table.shape[0], jnp.sum(product, axis=1), 0.0))
-    return products
 
 
 def _native(*operands, geometry: Geometry) -> Sequence[jax.Array]:
