@@ -61,7 +61,12 @@ def float32_variables(variables: Any) -> Any:
 
 def known_lookups(lookups: Any) -> float:
     """The number of differentiated lookups of the last step, 0 where it is not known without waiting."""
-    if isinstance(lookups, Tracer) or lookups.is_deleted() or not lookups.is_ready() or not lookups.is_fully_addressable:
+    if (
+        isinstance(lookups, Tracer)
+        or lookups.is_deleted()
+        or not lookups.is_ready()
+        or not lookups.is_fully_addressable
+    ):
         return 0
     return float(np.asarray(lookups).max())
 
@@ -232,15 +237,14 @@ class Shell:
         if several and not isinstance(result, Tracer) and not result.is_deleted():
             self._in_flight(jnp.copy(result))  # The result itself will be donated.
 
-    def lookup(
-        self, variables: Any, lookups: jax.Array, inputs: Any, weights: Any, step: Any
-    ) -> tuple[Any, jax.Array | None]:
+    def lookup(self, variables: Any, lookups: jax.Array, inputs: Any, weights: Any, step: Any) -> tuple[Any, Any]:
         """Activations in the structure of the specs, and the ids that were not valid, of each feature, if they were counted."""
         if not isinstance(inputs, PreprocessedInput):
             inputs = self.pack(inputs, weights)
         elif weights is not None:
             raise ValueError(f"{self.layer}: weights come with ids; a packed batch has them in it already.")
-        features: Any = lookup_and_update(self.settings, float32_variables(variables), lookups, inputs, step)
+        batch = inputs.replace(invalid_ids=None)
+        features: Any = lookup_and_update(self.settings, float32_variables(variables), lookups, batch, step)
         if self.dtype is not None:
             features = [activations.astype(self.dtype) for activations in features]
-        return jax.tree.unflatten(self.structure, features), getattr(inputs, "invalid_ids", None)
+        return jax.tree.unflatten(self.structure, features), inputs.invalid_ids
