@@ -1,0 +1,1 @@
+"""Other libraries' module trees, for code that was written for them."""

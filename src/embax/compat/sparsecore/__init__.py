@@ -1,0 +1,1 @@
+"""The module tree below `jax_tpu_embedding.sparsecore`."""

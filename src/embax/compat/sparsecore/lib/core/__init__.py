@@ -1,0 +1,1 @@
+"""Input processing and primitives."""

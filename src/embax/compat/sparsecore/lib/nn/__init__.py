@@ -1,0 +1,1 @@
+"""Specs, stacking, and the functional API."""
