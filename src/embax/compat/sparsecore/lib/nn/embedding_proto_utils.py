@@ -29,7 +29,7 @@ def get_optimizer_class(optimizer_type: int) -> type[embedding_spec.OptimizerSpe
 
 def get_optimizer_type(optimizer_class: type[embedding_spec.OptimizerSpec]) -> int:
     """The `OptimizerSpecProto.OptimizerType` of a class, `CUSTOM` where it has none of its own."""
-    return _TYPES.get(optimizer_class, _Types.CUSTOM)
+    return _TYPES[optimizer_class] if optimizer_class in _TYPES else _Types.CUSTOM
 
 
 def _tag(function: Any) -> str:
@@ -81,9 +81,7 @@ def proto_to_optimizer_spec(proto: Any) -> embedding_spec.OptimizerSpec:
                 stacklevel=2,
             )
         return embedding_spec.SGDOptimizerSpec(learning_rate=rate)
-    return optimizer.from_float_and_bool_params(
-        dict(proto.float_params), dict(proto.bool_params), learning_rate=rate
-    )
+    return optimizer.from_float_and_bool_params(dict(proto.float_params), dict(proto.bool_params), learning_rate=rate)
 
 
 def _num_sparsecores_per_device(given: int | None) -> int:

@@ -115,10 +115,11 @@ def make_batch(
     return packed, Geometry((stack,), num * devices, max_minibatches, devices)
 
 
-def only_minibatch(packed: PreprocessedInput, geometry: Geometry, number: jax.Array) -> PreprocessedInput:
-    """The batch with the entries of one minibatch alone; those of the others become padding."""
-    assert packed.num_minibatches is not None
-    samples, count = jnp.asarray(packed.sample_ids), packed.num_minibatches[0]
+def only_minibatch(
+    packed: PreprocessedInput, geometry: Geometry, number: jax.Array, count: jax.Array
+) -> PreprocessedInput:
+    """The batch with the entries of minibatch `number` of `count` alone; those of the others become padding."""
+    samples = jnp.asarray(packed.sample_ids)
 
     def select() -> jax.Array:
         pointers = jnp.asarray(packed.row_pointers)[: geometry.max_segments * geometry.row_pointers_per_segment]

@@ -102,7 +102,7 @@ def update(
     count = jnp.clip(packed[4], 1, geometry.max_minibatches)
     batch = batch.replace(num_minibatches=count.reshape(1))
     return jax.lax.fori_loop(
-        0, count, lambda number, states: step(only_minibatch(batch, geometry, number), states), tuple(states)
+        0, count, lambda number, states: step(only_minibatch(batch, geometry, number, count), states), tuple(states)
     )
 
 

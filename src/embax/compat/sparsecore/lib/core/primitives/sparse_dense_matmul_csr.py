@@ -60,7 +60,7 @@ def _look_up(
         max_unique_ids_per_partition=max_unique_ids_per_partition,
         enable_minibatching=enable_minibatching,
         num_sparsecores=num_sparsecores_per_device,
-        quantization=None if quantization_config is None else tuple(quantization_config),
+        quantization=quantization_config,
     )
     return lookup_stacks(batch, [table], geometry)[0]
 
