@@ -13,8 +13,8 @@ import embax
 from embax._matmul import checked_limits, lookup_features, update_features
 from embax._ops.unstack import stack_gradients, unstack_activations
 from embax._preprocess.buffers import PackedLayout, PreprocessedInput, StackLayout, make_layout
-from embax._stacking.plan import FeaturePlan, Plan, RowPlacement, StackPlan, TablePlan, sample_count
-from embax.compat._placement import feature_leaves, stack_of
+from embax._stacking.plan import FeaturePlan, Plan, RowPlacement, StackPlan, TablePlan
+from embax.compat._placement import feature_leaves, sample_count, stack_of
 from embax.compat.sparsecore.lib.nn.embedding_spec import FeatureSpec, StackedTableSpec
 
 

@@ -66,21 +66,25 @@ def _check_batches(features: Sequence[FeatureSpec], batches: Sequence[int], devi
 
 
 def _packer_for(
-    features: Sequence[FeatureSpec], devices: int, sparsecores: int, any_id: bool, **options: Any
+    features: Sequence[FeatureSpec], devices: int, sparsecores: int, any_id: bool, all_reduce: Any, **options: Any
 ) -> Packer:
-    """A packer, kept from an earlier call if nothing about the specs has changed: see `embax._preprocess.pack`."""
+    """A packer, kept from an earlier call if nothing about the specs has changed: see `embax._preprocess.pack`.
+
+    One that has an all-reduce is kept with it, and no longer: it may hold connections.
+    """
+    kept = _packers if all_reduce is None else vars(all_reduce).setdefault("_packers_of_compat", {})
     parts: list[Any] = []
     for feature in features:
         table = feature.table_spec
         parts += (feature.name, feature._id_transformation, feature.output_shape)
         parts += (table.name, table.vocabulary_size, table.embedding_dim, table.combiner, table._stacked_table_spec)
     key = (devices, sparsecores, any_id, *options.values(), *map(id, parts))
-    known = _packers.get(key)
+    known = kept.get(key)
     if known is None:
-        while len(_packers) >= _MAX_KEPT:
-            _packers.pop(next(iter(_packers), None), None)
-        packer = Packer(features_to_pack(features, devices, sparsecores, any_id=any_id), **options)
-        known = _packers.setdefault(key, (packer, parts))
+        while len(kept) >= _MAX_KEPT:
+            kept.pop(next(iter(kept), None), None)
+        placed = features_to_pack(features, devices, sparsecores, any_id=any_id)
+        known = kept.setdefault(key, (Packer(placed, all_reduce=all_reduce, **options), parts))
     return known[0]
 
 
@@ -97,9 +101,15 @@ def _of_stacks(array: Any, layout: PackedLayout, leading: bool, pointers: bool) 
     return parts
 
 
-def _by_stack(packed: PreprocessedInput, leading: bool) -> list[dict[str, Any]]:
-    arrays = (packed.row_pointers, packed.embedding_ids, packed.sample_ids, packed.gains)
-    return [_of_stacks(array, packed.layout, leading, number == 0) for number, array in enumerate(arrays)]
+def _by_stack(packed: PreprocessedInput, leading: bool) -> tuple[dict[str, Any], ...]:
+    layout = packed.layout
+    return (
+        _of_stacks(packed.row_pointers, layout, leading, True),
+        *(
+            _of_stacks(array, layout, leading, False)
+            for array in (packed.embedding_ids, packed.sample_ids, packed.gains)
+        ),
+    )
 
 
 def pack(
@@ -152,10 +162,10 @@ def pack(
         global_device_count,
         num_sc_per_device,
         any_id,
+        all_reduce_interface if enable_minibatching else None,
         limits="drop" if allow_id_dropping else "raise",
         num_local_devices=local_device_count,
         enable_minibatching=enable_minibatching,
-        all_reduce=all_reduce_interface if enable_minibatching else None,
     )
     packed = packer(list(ids), None if weights is None else list(weights), batch_number=batch_number)
     stats = packed.stats
@@ -167,7 +177,8 @@ def pack(
         number = np.ones(local_device_count, np.int32)
     if has_leading_dimension:
         number = number.reshape(local_device_count, 1)
-    return Packed(*_by_stack(packed, has_leading_dimension), number, stats)
+    pointers, embedding_ids, sample_ids, gains = _by_stack(packed, has_leading_dimension)
+    return Packed(pointers, embedding_ids, sample_ids, gains, number, stats)
 
 
 def eval_shape(

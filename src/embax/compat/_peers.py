@@ -5,6 +5,7 @@ itself. A connection begins with who is speaking; then messages of a key and a v
 """
 
 import collections
+import contextlib
 import functools
 import operator
 import socket
@@ -163,6 +164,8 @@ class PeerAllReduce(AllReduceInterface):
         """Ends all connections; other hosts that wait for this one get an error."""
         for end in (getattr(self, "_server", None), *(getattr(self, "_connections", None) or ())):
             if end is not None:
+                with contextlib.suppress(OSError):  # It may be closed by the other side.
+                    end.shutdown(socket.SHUT_RDWR)  # Wakes what waits for it.
                 end.close()
 
     def bitwise_or(self, key: int, value: int) -> int:

@@ -1,6 +1,7 @@
 """Specs of the reference as those of embax, which are placed, packed and looked up; and what was placed, back."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -8,7 +9,6 @@ import jax
 
 import embax
 from embax._checks import INT32_MAX, next_multiple
-from embax._stacking.plan import sample_count
 from embax.compat.sparsecore.lib.nn.embedding_spec import (
     FeatureIdTransformation,
     FeatureSpec,
@@ -47,6 +47,11 @@ def feature_leaves(feature_specs: Any) -> list[FeatureSpec]:
         if not isinstance(leaf, FeatureSpec):
             raise ValueError(f"The feature specs hold {leaf!r}; every leaf must be a FeatureSpec.")
     return leaves
+
+
+def sample_count(feature: FeatureSpec) -> int:
+    """Samples of a feature in a global batch, as its spec states them."""
+    return math.prod(feature.output_shape[:-1])
 
 
 def _stack_to_embax(stack: StackedTableSpec, num_devices: int, num_sparsecores_per_device: int, **changes: Any) -> Any:

@@ -123,9 +123,9 @@ def _whole_buffers(
     by SparseCore, and row pointers count from the start.
     """
     share, size = capacity // sparsecores, row_pointers_per_segment(num_sparsecores)
-    filler = (PADDING_VALUE, PADDING_VALUE, np.float32(np.nan))
-    buffers = [np.full(capacity * len(minibatches), value, np.asarray(value).dtype) for value in filler]
-    buffers = [buffer.astype(np.int32) if buffer.dtype != np.float32 else buffer for buffer in buffers]
+    entries = capacity * len(minibatches)
+    ids, samples = (np.full(entries, PADDING_VALUE, np.int32) for _ in range(2))
+    gains = np.full(entries, np.nan, np.float32)
     pointers = np.zeros((sparsecores, len(minibatches), size), np.int32)
     start = 0
     for sparsecore in range(sparsecores):
@@ -135,7 +135,7 @@ def _whole_buffers(
             length = next_multiple(int(ends[num_sparsecores - 1]), PARTITION_ALIGNMENT)
             pointers[sparsecore, number] = ends + start if minibatched else ends
             arrays = (packed.embedding_ids, packed.sample_ids, packed.gains)
-            for buffer, array in zip(buffers, arrays, strict=True):
+            for buffer, array in zip((ids, samples, gains), arrays, strict=True):
                 buffer[start : start + length] = array[_TABLE][sparsecore * share : sparsecore * share + length]
             start += length
-    return pointers.reshape(-1), *buffers
+    return pointers.reshape(-1), ids, samples, gains

@@ -505,7 +505,7 @@ def unstack_embedding_activations(
             parts[name] = _primitive("sparse_dense_matmul_activation_unstack").bind(
                 activations[name],
                 per_feature_batch_sizes=tuple(
-                    _matmul.sample_count(feature) // global_device_count for _, feature in stack.features
+                    _placement.sample_count(feature) // global_device_count for _, feature in stack.features
                 ),
                 per_feature_dims=tuple(feature.table_spec.embedding_dim for _, feature in stack.features),
             )
@@ -699,7 +699,8 @@ def _limits_of(name: str, optimizer: embedding_spec.OptimizerSpec, limits: Mappi
 
 def _checked_axis(global_sharding: NamedSharding, bypass_mesh_check: bool) -> Any:
     """The axis, or tuple of axes, that tables are sharded over."""
-    spec, mesh = tuple(global_sharding.spec), global_sharding.mesh
+    spec: Any = tuple(global_sharding.spec)
+    mesh: Any = global_sharding.mesh
     if len(spec) not in (2, 3) or spec[0] is None or any(part is not None for part in spec[1:]):
         axis = mesh.axis_names[0] if len(mesh.axis_names) == 1 else tuple(mesh.axis_names)
         raise ValueError(
@@ -741,7 +742,8 @@ def init_embedding_variables(
     """
     axis = _checked_axis(global_sharding, bypass_mesh_check)
     sparsecores = _num_sc_per_device(num_sparsecore_per_device)
-    mesh, spec = global_sharding.mesh, global_sharding.spec
+    mesh: Any = global_sharding.mesh
+    spec = global_sharding.spec
     devices = int(np.prod([mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,))]))
     stacks = table_stacking.get_table_stacks(table_specs)
     num_keys = devices * sparsecores
