@@ -44,10 +44,10 @@ def _quantize(rows: jax.Array, quantization: tuple[float, float, int] | None) ->
         return rows
     low, high, buckets = quantization
     step = jnp.float32((high - low) / (buckets - 1))
-    level = jnp.round((jnp.clip(rows, low, high) - low) / step)
-    if buckets <= 256:  # As bytes, which is what 256 levels are for.
-        level = jnp.where(jnp.isnan(level), level, level.astype(jnp.uint8).astype(level.dtype))
-    return level * step + low
+    codes = jnp.round((jnp.clip(rows, low, high) - low) / step)
+    if buckets <= 256:  # Of 8 bits, which hold no NaN.
+        codes = jnp.where(jnp.isnan(codes), codes, codes.astype(jnp.uint8).astype(rows.dtype))
+    return codes * step + low
 
 
 def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGeometry) -> jax.Array:

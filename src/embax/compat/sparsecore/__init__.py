@@ -1,1 +1,3 @@
-"""The module tree below `jax_tpu_embedding.sparsecore`."""
+"""What `jax_tpu_embedding.sparsecore` offers."""
+
+from embax.compat.sparsecore.version import __version__ as __version__

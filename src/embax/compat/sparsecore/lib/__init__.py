@@ -1,1 +1,1 @@
-"""The library part of the module tree."""
+"""The library."""

@@ -1,1 +1,1 @@
-"""Input processing and primitives."""
+"""What the functions of `lib.nn` are made of."""

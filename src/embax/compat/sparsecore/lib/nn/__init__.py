@@ -1,1 +1,1 @@
-"""Specs, stacking, and the functional API."""
+"""Specs, stacking, packing, lookups and updates."""
