@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 
-from embax.compat.sparsecore.lib.nn import embedding_spec
+from embax.compat.sparsecore.lib.nn import embedding, embedding_spec
 from embax.compat.sparsecore.lib.proto import embedding_spec_pb2
-from embax.compat.sparsecore.utils import utils
 
 _Types = embedding_spec_pb2.OptimizerSpecProto
 _CLASSES: dict[int, type[embedding_spec.OptimizerSpec]] = {
@@ -20,6 +19,7 @@ _CLASSES: dict[int, type[embedding_spec.OptimizerSpec]] = {
     _Types.ADAGRAD_MOMENTUM: embedding_spec.AdagradMomentumOptimizerSpec,
 }
 _TYPES = {optimizer: number for number, optimizer in _CLASSES.items()}
+_CUSTOM: int = _Types.CUSTOM
 
 
 def get_optimizer_class(optimizer_type: int) -> type[embedding_spec.OptimizerSpec] | None:
@@ -29,7 +29,7 @@ def get_optimizer_class(optimizer_type: int) -> type[embedding_spec.OptimizerSpe
 
 def get_optimizer_type(optimizer_class: type[embedding_spec.OptimizerSpec]) -> int:
     """The `OptimizerSpecProto.OptimizerType` of a class, `CUSTOM` where it has none of its own."""
-    return _TYPES[optimizer_class] if optimizer_class in _TYPES else _Types.CUSTOM
+    return _TYPES.get(optimizer_class, _CUSTOM)
 
 
 def _tag(function: Any) -> str:
@@ -51,7 +51,7 @@ def optimizer_spec_to_proto(opt: embedding_spec.OptimizerSpec | None) -> Any:
     if opt is None:
         return None
     proto = _Types(type=get_optimizer_type(type(opt)))
-    if proto.type != _Types.CUSTOM:
+    if proto.type != _CUSTOM:
         proto.float_params.update(opt.get_float_params())
         proto.bool_params.update(opt.get_bool_params())
     if callable(opt.learning_rate):
@@ -74,7 +74,7 @@ def proto_to_optimizer_spec(proto: Any) -> embedding_spec.OptimizerSpec:
         rate = embedding_spec.CallablePlaceholder(proto.learning_rate_tag)
     optimizer = get_optimizer_class(proto.type)
     if optimizer is None:
-        if proto.type == _Types.CUSTOM:
+        if proto.type == _CUSTOM:
             warnings.warn(
                 "The message holds an optimizer without a type of its own, LaProp or a custom one, whose parameters it does "
                 "not have; SGD takes its place. Give the specs their optimizer again.",
@@ -82,15 +82,6 @@ def proto_to_optimizer_spec(proto: Any) -> embedding_spec.OptimizerSpec:
             )
         return embedding_spec.SGDOptimizerSpec(learning_rate=rate)
     return optimizer.from_float_and_bool_params(dict(proto.float_params), dict(proto.bool_params), learning_rate=rate)
-
-
-def _num_sparsecores_per_device(given: int | None) -> int:
-    if given is None:
-        return utils.num_sparsecores_per_device()
-    known = sorted(set(utils.NUM_SC_PER_DEVICE_MAP.values()))
-    if given not in known:
-        raise ValueError(f"Invalid num_sc_per_device: {given}; it must be one of {known}.")
-    return given
 
 
 def _table_proto(table: Any) -> Any:
@@ -137,7 +128,7 @@ def create_proto_from_feature_specs(
         ValueError: the number of SparseCores is of no device.
     """
     devices = jax.device_count() if global_device_count is None else global_device_count
-    num_sparsecores = _num_sparsecores_per_device(num_sparsecore_per_device) * devices
+    num_sparsecores = embedding._num_sc_per_device(num_sparsecore_per_device) * devices
     proto = embedding_spec_pb2.EmbeddingSpecProto()
     stacks: dict[str, Any] = {}
     tables: dict[tuple[str, str], Any] = {}
