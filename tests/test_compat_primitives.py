@@ -328,6 +328,29 @@ def test_minibatches_are_applied_one_after_another(backend, count):
     np.testing.assert_array_equal(np.asarray(new)[others], 1.0)
 
 
+@pytest.mark.parametrize("minibatching", [False, True])
+def test_on_a_tpu_sparsecores_do_it(minibatching):
+    """Also the minibatches, one after another."""
+    pointers = jax.ShapeDtypeStruct((256,), jnp.int32) if minibatching else PACKED["pointers"]
+    batch = [pointers, *list(PACKED.values())[1:]]
+    parameters = {"enable_minibatching": minibatching, **LIMITS}
+
+    def step(table, slot, rate, *batch):
+        activations = csr.bind(*batch, table, device_batch_size=16, **parameters)
+        update = functools.partial(grad_with("adagrad").bind, min_value=-2.0, **parameters)
+        text = functools.partial(optimizer_grad.bind, num_hyperparameters=1, stablehlo=TEXT, **parameters)
+        table, slot = update(*batch, table, slot, activations, rate)
+        return text(*batch, activations, rate, table, slot)
+
+    lowered = jax.jit(step).trace(ROW, ROW, SCALAR, *batch).lower(lowering_platforms=("tpu",)).as_text()
+    lookup, update = "SparseDenseMatmulOp", "SparseDenseMatmulGradOpWithOptimizerUpdate"
+    if minibatching:
+        lookup, update = "SparseDenseMatmulWithMinibatchingOp", "SparseDenseMatmulGradOptimizerUpdateWithMinibatchingOp"
+    assert lowered.count(f"custom_call @{lookup}(") == 1
+    assert lowered.count(f"custom_call @{update}(") == 2
+    assert "stablehlo.while" not in lowered
+
+
 def test_an_update_is_in_place():
     """Aliased bytes are those of table and slot, temporary ones do not depend on the vocabulary."""
     for backend in ("native", "portable"):
