@@ -14,7 +14,7 @@ import embax
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = Path(embax.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-OPTIONAL = ("flax", "optax", "orbax", "jaxtyping", "beartype", "pandas")
+OPTIONAL = ("flax", "optax", "orbax", "jaxtyping", "beartype", "pandas", "google.protobuf")
 
 
 def run(code: str) -> str:

@@ -91,7 +91,7 @@ class TableSettingInStack:
     shard_rotation: int = 0
 
 
-def _refuse_after_placement(spec: Any, placed: bool, field: str, value: Any) -> None:
+def refuse_after_placement(spec: Any, placed: bool, field: str, value: Any) -> None:
     """Raises an AttributeError if a field of a placed spec is changed: what was derived from it would not follow."""
     if placed and not field.startswith("_") and field in spec.__dict__ and spec.__dict__[field] != value:
         remedy = (
@@ -206,7 +206,7 @@ class TableSpec:
             )
 
     def __setattr__(self, field: str, value: Any) -> None:
-        _refuse_after_placement(self, self.__dict__.get("_stacked_table_spec") is not None, field, value)
+        refuse_after_placement(self, self.__dict__.get("_stacked_table_spec") is not None, field, value)
         super().__setattr__(field, value)
 
     @property
@@ -279,7 +279,7 @@ class FeatureSpec:
             )
 
     def __setattr__(self, field: str, value: Any) -> None:
-        _refuse_after_placement(self, self.__dict__.get("_id_transformation") is not None, field, value)
+        refuse_after_placement(self, self.__dict__.get("_id_transformation") is not None, field, value)
         super().__setattr__(field, value)
 
     @property

@@ -7,7 +7,7 @@ from embax._types import Device
 VIRTUAL_SPARSECORES_PER_DEVICE = 4
 """SparseCores of a CPU or a GPU: slices of a device's table and batch that one thread can own."""
 
-_TPU_SPARSECORES = {"TPU v5": 4, "TPU v5p": 4, "TPU v6e": 2, "TPU v6 lite": 2, "TPU7x": 2}
+TPU_SPARSECORES = {"TPU v5": 4, "TPU v5p": 4, "TPU v6e": 2, "TPU v6 lite": 2, "TPU7x": 2}
 
 
 def num_sparsecores_per_device(device: Device | None = None) -> int:
@@ -20,9 +20,9 @@ def num_sparsecores_per_device(device: Device | None = None) -> int:
     if one.platform != "tpu":
         return VIRTUAL_SPARSECORES_PER_DEVICE
     try:
-        return _TPU_SPARSECORES[one.device_kind]
+        return TPU_SPARSECORES[one.device_kind]
     except KeyError:
         raise ValueError(
-            f"The number of SparseCores of a {one.device_kind!r} is not known; known are {sorted(_TPU_SPARSECORES)}. "
+            f"The number of SparseCores of a {one.device_kind!r} is not known; known are {sorted(TPU_SPARSECORES)}. "
             "Pass num_sc_per_device."
         ) from None

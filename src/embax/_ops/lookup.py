@@ -33,7 +33,10 @@ def quantize(rows: jax.Array, quantization: tuple[float, float, int] | None) -> 
         return rows
     low, high, buckets = quantization
     step = jnp.float32((high - low) / (buckets - 1))
-    return jnp.round((jnp.clip(rows, low, high) - low) / step) * step + low
+    codes = jnp.round((jnp.clip(rows, low, high) - low) / step)
+    if buckets <= 256:  # Of 8 bits, which hold no NaN.
+        codes = jnp.where(jnp.isnan(codes), codes, codes.astype(jnp.uint8).astype(rows.dtype))
+    return codes * step + low
 
 
 def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGeometry) -> jax.Array:

@@ -73,6 +73,24 @@ def update_preprocessing_parameters(
             f"{plan.num_sparsecores_per_device} SparseCores a device; leave it out, or place new specs."
         )
     specs = {stack.name: stack.spec for stack in plan.stacks}
+    changes = changed_limits(updated_params, specs, plan.num_sparsecores_per_device)
+    _replace(feature_specs, {stack: specs[stack].replace(**fields) for stack, fields in changes.items()})
+    return feature_specs
+
+
+def changed_limits(
+    updated_params: Any, stacks: Mapping[str, Any], num_sparsecores_per_device: int
+) -> dict[str, dict[str, int]]:
+    """The fields of stacked specs that follow from statistics, by stack.
+
+    Args:
+        updated_params: see `update_preprocessing_parameters`.
+        stacks: its keys are the stacks that may be named.
+        num_sparsecores_per_device: SparseCores of a device.
+
+    Raises:
+        ValueError: see `update_preprocessing_parameters`.
+    """
     changes: dict[str, dict[str, int]] = {}
     for field, limit in _LIMITS.items():
         given = getattr(updated_params, field, None)
@@ -82,16 +100,15 @@ def update_preprocessing_parameters(
                 f"{field}; it must be SparseDenseMatmulInputStats, such as the stats of a batch that embax.preprocess has just "
                 "packed, or what an FDO client loads."
             )
-        factor = plan.num_sparsecores_per_device if limit == "suggested_coo_buffer_size_per_device" else 1
+        factor = num_sparsecores_per_device if limit == "suggested_coo_buffer_size_per_device" else 1
         for stack, values in given.items():
-            if stack not in specs:
+            if stack not in stacks:
                 raise ValueError(
                     f"update_preprocessing_parameters: {field} names the stack {stack!r}; the stacks of the feature specs are "
-                    f"{sorted(specs)}. Take statistics of these specs."
+                    f"{sorted(stacks)}. Take statistics of these specs."
                 )
             changes.setdefault(stack, {})[limit] = _limit(stack, field, values, factor)
-    _replace(feature_specs, {stack: specs[stack].replace(**fields) for stack, fields in changes.items()})
-    return feature_specs
+    return changes
 
 
 def _replace(feature_specs: Any, stacks: dict[str, StackedTableSpec]) -> None:

@@ -129,18 +129,22 @@ class FileFDOClient(FDOClient):
                     f"{type(self).__name__} has nothing to publish in {str(self._base_dir)!r}: record the stats of a packed "
                     "batch first."
                 )
-            content = self._encode({key: _rows(arrays) for key, arrays in self._recorded.items()})
-            path = Path(self._generate_file_name())
-            self._base_dir.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            try:
-                with open(temporary, "xb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            self._write_to_file({key: _rows(arrays) for key, arrays in self._recorded.items()})
+
+    def _write_to_file(self, stats: Mapping[str, np.ndarray]) -> None:
+        """Writes a new file, whole or not at all."""
+        content = self._encode(stats)
+        path = Path(self._generate_file_name())
+        self._base_dir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load(self) -> SparseDenseMatmulInputStats:
         """Reads the latest file of every process; what was recorded here and not published is forgotten.

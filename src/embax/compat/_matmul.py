@@ -1,0 +1,221 @@
+"""Lookups and updates of one stack at a time, whose arrays the reference keeps apart, by the functions of embax."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import embax
+from embax._matmul import checked_limits, lookup_features, update_features
+from embax._ops.unstack import stack_gradients, unstack_activations
+from embax._preprocess.buffers import PackedLayout, PreprocessedInput, StackLayout, make_layout
+from embax._stacking.plan import FeaturePlan, Plan, RowPlacement, StackPlan, TablePlan
+from embax.compat._placement import feature_leaves, sample_count, stack_of
+from embax.compat.sparsecore.lib.nn.embedding_spec import FeatureSpec, StackedTableSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """A stack, and its features with their numbers among the leaves of the feature tree, in the order of their samples."""
+
+    spec: StackedTableSpec
+    features: tuple[tuple[int, FeatureSpec], ...]
+
+    @property
+    def sample_count(self) -> int:
+        """Samples of all features in a global batch."""
+        return sum(sample_count(feature) for _, feature in self.features)
+
+    @property
+    def width(self) -> int:
+        """Columns of its tables, where all have the same; else those of the stack."""
+        widths = {feature.table_spec.embedding_dim for _, feature in self.features}
+        return widths.pop() if len(widths) == 1 else self.spec.stack_embedding_dim
+
+    def check_samples(self, devices: int, sparsecores: int) -> None:
+        """Raises a ValueError unless the batches divide by the SparseCores."""
+        for _, feature in self.features:
+            if (batch := sample_count(feature)) % (devices * sparsecores):
+                raise ValueError(
+                    f"Feature {feature.name!r} has a batch of {batch} by its output_shape, which does not divide by {devices} "
+                    f"devices of {sparsecores} SparseCores."
+                )
+
+
+def stacks_of(feature_specs: Any) -> dict[str, Stack]:
+    """The stacks of a feature tree by name.
+
+    Raises:
+        ValueError: a table is not placed.
+    """
+    members: dict[str, list[tuple[int, FeatureSpec]]] = {}
+    specs: dict[str, StackedTableSpec] = {}
+    for number, feature in enumerate(feature_leaves(feature_specs)):
+        spec = stack_of(feature.table_spec)
+        specs.setdefault(spec.stack_name, spec)
+        members.setdefault(spec.stack_name, []).append((number, feature))
+
+    def row_offset(member: tuple[int, FeatureSpec]) -> int:
+        place = member[1]._id_transformation
+        return place.row_offset if place else 0
+
+    return {name: Stack(specs[name], tuple(sorted(members[name], key=row_offset))) for name in specs}
+
+
+def _plan(stack: Stack, table: jax.Array, devices: int, sparsecores: int, optimizer: embax.OptimizerSpec) -> Plan:
+    """A plan of this stack alone, with one feature of all its samples over one table of all its rows."""
+    rows, dim = table.shape[0] * devices, table.shape[1]
+    spec = embax.StackedTableSpec(
+        stack_name=stack.spec.stack_name,
+        stack_vocab_size=rows,
+        stack_embedding_dim=dim,
+        optimizer=optimizer,
+        combiner=stack.spec.combiner,
+        total_sample_count=stack.sample_count,
+        max_ids_per_partition=stack.spec.max_ids_per_partition,
+        max_unique_ids_per_partition=stack.spec.max_unique_ids_per_partition,
+        quantization_config=stack.spec.quantization_config,
+        num_devices=devices,
+        num_sparsecores_per_device=sparsecores,
+    )
+    whole = TablePlan(spec.stack_name, min(stack.width, dim), RowPlacement(rows, 0, 0))
+    feature = FeaturePlan(spec.stack_name, 0, whole, dim, row_offset=0, col_offset=0, col_shift=0)
+    return Plan((StackPlan(spec, (whole,), (feature,)),), devices, sparsecores, 1)
+
+
+def _packed(stack: Stack, plan: Plan, arrays: Sequence[Any], num_minibatches: Any) -> PreprocessedInput:
+    """The arrays of a stack as a batch of `plan`; `num_minibatches` is None without minibatching."""
+    spec = stack.spec
+    limits = np.array([[spec.max_ids_per_partition, spec.max_unique_ids_per_partition, arrays[1].size]], np.int64)
+    batch = stack.sample_count // plan.num_devices
+    layout = make_layout(plan, (batch,), limits, minibatched=num_minibatches is not None)
+    if num_minibatches is not None:
+        num_minibatches = jnp.asarray(num_minibatches).reshape(-1)[:1].astype(jnp.int32)
+    return PreprocessedInput(*arrays, layout=layout, num_minibatches=num_minibatches)
+
+
+def _check_table(name: str, table: Any, num_sparsecores_per_device: int) -> None:
+    shape = getattr(table, "shape", ())
+    if len(shape) != 2 or shape[0] % num_sparsecores_per_device:
+        raise ValueError(
+            f"Stack {name!r} has a table of shape {shape}; it must be [rows, dim], with rows that divide by the "
+            f"{num_sparsecores_per_device} SparseCores of a device."
+        )
+
+
+def _backend(stack: Stack) -> contextlib.AbstractContextManager:
+    """Quantized rows are of 8 bits in JAX operations, and on a TPU; the native kernels round them in float32."""
+    if stack.spec.quantization_config is None or jax.default_backend() == "tpu":
+        return contextlib.nullcontext()
+    return embax.use_backend("portable")
+
+
+def look_up(
+    stack: Stack, arrays: Sequence[Any], num_minibatches: Any, table: jax.Array, devices: int, sparsecores: int
+) -> jax.Array:
+    """The activations of a stack on a device: float32[samples, dim].
+
+    Args:
+        stack: the stack.
+        arrays: its row pointers, embedding ids, sample ids and gains.
+        num_minibatches: None without minibatching.
+        table: float32[rows on the device, dim].
+        devices: devices that the table is sharded over.
+        sparsecores: SparseCores of each.
+    """
+    stack.check_samples(devices, sparsecores)
+    _check_table(stack.spec.stack_name, table, sparsecores)
+    plan = _plan(stack, table, devices, sparsecores, embax.SGDOptimizerSpec())
+    packed = _packed(stack, plan, arrays, num_minibatches)
+    with _backend(stack):
+        activations, _ = lookup_features(packed, {stack.spec.stack_name: (table,)}, plan)  # pyright: ignore[reportArgumentType]
+    return activations[0]
+
+
+def update(
+    stack: Stack,
+    arrays: Sequence[Any],
+    num_minibatches: Any,
+    gradient: jax.Array,
+    variables: Any,
+    devices: int,
+    sparsecores: int,
+    step: int | jax.Array | None,
+    limits: tuple[float | None, float | None],
+) -> Any:
+    """The new variables of a stack on a device, a tree like the old ones.
+
+    Args:
+        stack: the stack.
+        arrays: its row pointers, embedding ids, sample ids and gains.
+        num_minibatches: None without minibatching.
+        gradient: float32[samples, dim].
+        variables: tree of the table and its slots, in this order.
+        devices: devices that the table is sharded over.
+        sparsecores: SparseCores of each.
+        step: the number of the step, or None.
+        limits: what new rows of the table are clipped to.
+    """
+    stack.check_samples(devices, sparsecores)
+    name, table = stack.spec.stack_name, jax.tree.leaves(variables)[0]
+    _check_table(name, table, sparsecores)
+    plan = _plan(stack, table, devices, sparsecores, stack.spec.optimizer.as_embax())
+    packed = _packed(stack, plan, arrays, num_minibatches)
+    row_limits = checked_limits({name: limits}, plan)
+    return update_features([gradient], packed, {name: variables}, plan, step, (), row_limits)[name]
+
+
+def _layout_of_features(stack: Stack, dim: int, batches: Sequence[int], sparsecores: int) -> Any:
+    """What cuts the samples of a stack into features: `batches` on a device, `dim` columns of the stack."""
+    spec: Any = dataclasses.replace(stack.spec, stack_embedding_dim=dim)
+    features = []
+    for number, (_, feature) in enumerate(stack.features):
+        table = TablePlan(feature.table_spec.name, feature.table_spec.embedding_dim, RowPlacement(1, 0, 0))
+        features.append(FeaturePlan(feature.name, number, table, feature.output_shape[-1], 0, 0, 0))
+    plan = StackPlan(spec, (), tuple(features))
+    placed = StackLayout(spec.stack_name, 0, spec.combiner, plan.features, 0, 0, 0, tuple(batches), 0, 0)
+    return plan, placed, PackedLayout((placed,), 1, 1, sparsecores)
+
+
+def unstack(stack: Stack, activations: jax.Array, devices: int, sparsecores: int) -> list[jax.Array]:
+    """The activations of the features of a stack, in the order of its samples: float32[batch, output dim] on a device."""
+    stack.check_samples(devices, sparsecores)
+    for _, feature in stack.features:
+        if feature.output_shape[-1] > feature.table_spec.embedding_dim:
+            raise ValueError(
+                f"Feature {feature.name!r}: output_shape is {tuple(feature.output_shape)}, wider than the "
+                f"{feature.table_spec.embedding_dim} columns of table {feature.table_spec.name!r}."
+            )
+    batches = [sample_count(feature) // devices for _, feature in stack.features]
+    if activations.shape[0] != sum(batches):
+        raise ValueError(
+            f"Stack {stack.spec.stack_name!r} has {activations.shape[0]} activations; its features have {sum(batches)} samples "
+            f"on each of {devices} devices."
+        )
+    return unstack_activations(activations, *_layout_of_features(stack, activations.shape[1], batches, sparsecores))
+
+
+def prepare_gradients(stack: Stack, gradients: Sequence[jax.Array]) -> list[jax.Array]:
+    """The gradients of the features of a stack as matrices, in the order of its samples; `gradients` are by leaf."""
+    matrices = []
+    for leaf, feature in stack.features:
+        width = min(feature.output_shape[-1], feature.table_spec.embedding_dim)
+        matrices.append(gradients[leaf].reshape(-1, width))
+    return matrices
+
+
+def stack_up(stack: Stack, gradients: Sequence[jax.Array], sparsecores: int) -> jax.Array:
+    """The gradient of a stack from those of its features by leaf, with zeros where they have no columns."""
+    matrices = prepare_gradients(stack, gradients)
+    batches = [matrix.shape[0] for matrix in matrices]
+    for (_, feature), batch in zip(stack.features, batches, strict=True):
+        if batch % sparsecores:
+            raise ValueError(
+                f"Feature {feature.name!r}: its gradient has {batch} samples, which do not divide by {sparsecores} SparseCores."
+            )
+    dim = stack.spec.stack_embedding_dim
+    return stack_gradients(matrices, *_layout_of_features(stack, dim, batches, sparsecores))

@@ -1,0 +1,1 @@
+"""What the functions of `lib.nn` are made of."""

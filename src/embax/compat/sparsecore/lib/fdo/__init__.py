@@ -1,0 +1,1 @@
+"""Statistics of packed batches, kept for later runs."""

@@ -1,0 +1,1 @@
+"""Specs, stacking, packing, lookups and updates."""
