@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,6 +108,27 @@ def _check_table(name: str, table: Any, num_sparsecores_per_device: int) -> None
         )
 
 
+def _axis(devices: int) -> dict[str, Any]:
+    """The axes that tables are sharded over, where `jax.shard_map` has several: those that together have so many devices.
+
+    Raises:
+        ValueError: they cannot be told.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(mesh.manual_axes)
+    if devices == 1 or len(axes) < 2:
+        return {}
+    if math.prod(mesh.shape[axis] for axis in axes) == devices:
+        return {"axis_name": axes}
+    matching = [axis for axis in axes if mesh.shape[axis] == devices]
+    if len(matching) != 1:
+        raise ValueError(
+            f"The tables are sharded over {devices} devices, and it cannot be told over which of the axes {axes} of jax.shard_map, "
+            f"whose sizes are {tuple(mesh.shape[axis] for axis in axes)}. Give it one axis, or all that they are sharded over."
+        )
+    return {"axis_name": matching[0]}
+
+
 def _backend(stack: Stack) -> contextlib.AbstractContextManager:
     """Quantized rows are of 8 bits in JAX operations, and on a TPU; the native kernels round them in float32."""
     if stack.spec.quantization_config is None or jax.default_backend() == "tpu":
@@ -132,7 +154,8 @@ def look_up(
     plan = _plan(stack, table, devices, sparsecores, embax.SGDOptimizerSpec())
     packed = _packed(stack, plan, arrays, num_minibatches)
     with _backend(stack):
-        activations, _ = lookup_features(packed, {stack.spec.stack_name: (table,)}, plan)  # pyright: ignore[reportArgumentType]
+        variables: Any = {stack.spec.stack_name: (table,)}
+        activations, _ = lookup_features(packed, variables, plan, **_axis(devices))
     return activations[0]
 
 
@@ -166,7 +189,7 @@ def update(
     plan = _plan(stack, table, devices, sparsecores, stack.spec.optimizer.as_embax())
     packed = _packed(stack, plan, arrays, num_minibatches)
     row_limits = checked_limits({name: limits}, plan)
-    return update_features([gradient], packed, {name: variables}, plan, step, (), row_limits)[name]
+    return update_features([gradient], packed, {name: variables}, plan, step, (), row_limits, **_axis(devices))[name]
 
 
 def _layout_of_features(stack: Stack, dim: int, batches: Sequence[int], sparsecores: int) -> Any:
