@@ -123,8 +123,8 @@ def _axis(devices: int) -> dict[str, Any]:
     matching = [axis for axis in axes if mesh.shape[axis] == devices]
     if len(matching) != 1:
         raise ValueError(
-            f"The tables are sharded over {devices} devices, and it cannot be told over which of the axes {axes} of jax.shard_map, "
-            f"whose sizes are {tuple(mesh.shape[axis] for axis in axes)}. Give it one axis, or all that they are sharded over."
+            f"The tables are sharded over {devices} devices, and which of the axes {axes} of jax.shard_map, "
+            f"of sizes {tuple(mesh.shape[axis] for axis in axes)}, these are cannot be told. Give it one axis, or all of theirs."
         )
     return {"axis_name": matching[0]}
 

@@ -756,13 +756,17 @@ def init_embedding_variables(
             keys: jax.Array, tables: list[embedding_spec.TableSpec] = tables, slots: Any = slots
         ) -> EmbeddingVariables:
             def make(initializer_of: Callable[[embedding_spec.TableSpec], Any]) -> jax.Array:
-                parts = []
-                for sparsecore in range(sparsecores):
+                def on_sparsecore(key: jax.Array) -> jax.Array:
+                    parts = []
                     for table in tables:
                         setting = table.setting_in_stack
                         shape = (setting.padded_vocab_size // num_keys, setting.padded_embedding_dim)
-                        parts.append(jnp.asarray(initializer_of(table)(keys[sparsecore], shape), jnp.float32))
-                array = jnp.concatenate(parts)
+                        parts.append(jnp.asarray(initializer_of(table)(key, shape), jnp.float32))
+                    return jnp.concatenate(parts)
+
+                # One after another, so that what initializers need beside their result is small.
+                array = jax.lax.map(on_sparsecore, keys)
+                array = array.reshape(-1, array.shape[-1])
                 return array if len(spec) == 2 else array[None]
 
             table = make(lambda table: table.initializer)
