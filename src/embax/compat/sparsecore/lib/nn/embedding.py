@@ -97,9 +97,14 @@ class SparseDenseMatmulInput(NamedTuple):
     lhs_gains: Mapping[str, Any]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseDenseMatmulInputStats(_stats.SparseDenseMatmulInputStats):
-    """Counts of one packed batch: see `embax.SparseDenseMatmulInputStats`."""
+    """Counts of one packed batch: see `embax.SparseDenseMatmulInputStats`. A pytree."""
+
+    def replace(self, **changes: Any) -> "SparseDenseMatmulInputStats":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
 
     @classmethod
     def of(cls, stats: _stats.SparseDenseMatmulInputStats) -> "SparseDenseMatmulInputStats":
