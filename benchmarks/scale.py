@@ -10,6 +10,7 @@ Run it with: python -m benchmarks.scale
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +214,8 @@ def main() -> None:
             if num_devices in COMPILED:
                 one, compiled = compile_step(setting, num_devices)
                 exchanged = f"{collective_bytes(compiled.as_text())['all-to-all'] / 1e6:.1f}"
-                memory = f"{compiled.memory_analysis().temp_size_in_bytes / 1e6:.1f}"
+                analysis: Any = compiled.memory_analysis()
+                memory = f"{analysis.temp_size_in_bytes / 1e6:.1f}"
             else:
                 _, packed = setting.packed(num_devices, 1)
                 one = model(setting, num_devices, packed, setting.ids(num_devices, 1))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import embax
 from embax._matmul import checked_limits, lookup_features, update_features
 from embax._ops.unstack import stack_gradients, unstack_activations
-from embax._preprocess.buffers import PackedLayout, PreprocessedInput, StackLayout, make_layout
+from embax._preprocess.buffers import MAX_MINIBATCHES, PackedLayout, PreprocessedInput, StackLayout, make_layout
 from embax._stacking.plan import FeaturePlan, Plan, RowPlacement, StackPlan, TablePlan
 from embax.compat._placement import feature_leaves, sample_count, stack_of
 from embax.compat.sparsecore.lib.nn.embedding_spec import FeatureSpec, StackedTableSpec
@@ -92,7 +93,7 @@ def _packed(stack: Stack, plan: Plan, arrays: Sequence[Any], num_minibatches: An
     spec = stack.spec
     limits = np.array([[spec.max_ids_per_partition, spec.max_unique_ids_per_partition, arrays[1].size]], np.int64)
     batch = stack.sample_count // plan.num_devices
-    layout = make_layout(plan, (batch,), limits, minibatched=num_minibatches is not None)
+    layout = make_layout(plan, (batch,), limits, max_minibatches=0 if num_minibatches is None else MAX_MINIBATCHES)
     if num_minibatches is not None:
         num_minibatches = jnp.asarray(num_minibatches).reshape(-1)[:1].astype(jnp.int32)
     return PreprocessedInput(*arrays, layout=layout, num_minibatches=num_minibatches)
@@ -105,6 +106,27 @@ def _check_table(name: str, table: Any, num_sparsecores_per_device: int) -> None
             f"Stack {name!r} has a table of shape {shape}; it must be [rows, dim], with rows that divide by the "
             f"{num_sparsecores_per_device} SparseCores of a device."
         )
+
+
+def _axis(devices: int) -> dict[str, Any]:
+    """The axes that tables are sharded over, where `jax.shard_map` has several: those that together have so many devices.
+
+    Raises:
+        ValueError: they cannot be told.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(mesh.manual_axes)
+    if devices == 1 or len(axes) < 2:
+        return {}
+    if math.prod(mesh.shape[axis] for axis in axes) == devices:
+        return {"axis_name": axes}
+    matching = [axis for axis in axes if mesh.shape[axis] == devices]
+    if len(matching) != 1:
+        raise ValueError(
+            f"The tables are sharded over {devices} devices, and which of the axes {axes} of jax.shard_map, "
+            f"of sizes {tuple(mesh.shape[axis] for axis in axes)}, these are cannot be told. Give it one axis, or all of theirs."
+        )
+    return {"axis_name": matching[0]}
 
 
 def _backend(stack: Stack) -> contextlib.AbstractContextManager:
@@ -132,7 +154,8 @@ def look_up(
     plan = _plan(stack, table, devices, sparsecores, embax.SGDOptimizerSpec())
     packed = _packed(stack, plan, arrays, num_minibatches)
     with _backend(stack):
-        activations, _ = lookup_features(packed, {stack.spec.stack_name: (table,)}, plan)  # pyright: ignore[reportArgumentType]
+        variables: Any = {stack.spec.stack_name: (table,)}
+        activations, _ = lookup_features(packed, variables, plan, **_axis(devices))
     return activations[0]
 
 
@@ -166,7 +189,7 @@ def update(
     plan = _plan(stack, table, devices, sparsecores, stack.spec.optimizer.as_embax())
     packed = _packed(stack, plan, arrays, num_minibatches)
     row_limits = checked_limits({name: limits}, plan)
-    return update_features([gradient], packed, {name: variables}, plan, step, (), row_limits)[name]
+    return update_features([gradient], packed, {name: variables}, plan, step, (), row_limits, **_axis(devices))[name]
 
 
 def _layout_of_features(stack: Stack, dim: int, batches: Sequence[int], sparsecores: int) -> Any:

@@ -97,9 +97,14 @@ class SparseDenseMatmulInput(NamedTuple):
     lhs_gains: Mapping[str, Any]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseDenseMatmulInputStats(_stats.SparseDenseMatmulInputStats):
-    """Counts of one packed batch: see `embax.SparseDenseMatmulInputStats`."""
+    """Counts of one packed batch: see `embax.SparseDenseMatmulInputStats`. A pytree."""
+
+    def replace(self, **changes: Any) -> "SparseDenseMatmulInputStats":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
 
     @classmethod
     def of(cls, stats: _stats.SparseDenseMatmulInputStats) -> "SparseDenseMatmulInputStats":
@@ -756,13 +761,17 @@ def init_embedding_variables(
             keys: jax.Array, tables: list[embedding_spec.TableSpec] = tables, slots: Any = slots
         ) -> EmbeddingVariables:
             def make(initializer_of: Callable[[embedding_spec.TableSpec], Any]) -> jax.Array:
-                parts = []
-                for sparsecore in range(sparsecores):
+                def on_sparsecore(key: jax.Array) -> jax.Array:
+                    parts = []
                     for table in tables:
                         setting = table.setting_in_stack
                         shape = (setting.padded_vocab_size // num_keys, setting.padded_embedding_dim)
-                        parts.append(jnp.asarray(initializer_of(table)(keys[sparsecore], shape), jnp.float32))
-                array = jnp.concatenate(parts)
+                        parts.append(jnp.asarray(initializer_of(table)(key, shape), jnp.float32))
+                    return jnp.concatenate(parts)
+
+                # One after another, so that what initializers need beside their result is small.
+                array = jax.lax.map(on_sparsecore, keys)
+                array = array.reshape(-1, array.shape[-1])
                 return array if len(spec) == 2 else array[None]
 
             table = make(lambda table: table.initializer)
