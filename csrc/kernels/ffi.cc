@@ -46,9 +46,11 @@ class PackedBatch {
     int64_t row_pointers_start, entries_start, capacity, samples_per_sparsecore;
   };
 
-  // `max_minibatches` is 0 where SparseCores have equal shares of a buffer, else what there are row pointers for.
+  // `num_sparsecores` are those of all devices, which own the rows; `max_minibatches` is 0 where the device's SparseCores have
+  // equal shares of a buffer, else what there are row pointers for.
   PackedBatch(const Int32s& row_pointers, const Int32s& ids, const Int32s& samples, const Floats& gains,
-              const Int32s& num_minibatches, int64_t num_sparsecores, int64_t max_minibatches, Int64Span stacks)
+              const Int32s& num_minibatches, int64_t num_sparsecores, int64_t sparsecores_per_device,
+              int64_t max_minibatches, Int64Span stacks)
       : row_pointers_(row_pointers.typed_data()),
         ids_(ids.typed_data()),
         samples_(samples.typed_data()),
@@ -56,6 +58,7 @@ class PackedBatch {
         num_row_pointers_(row_pointers.element_count()),
         num_entries_(std::min({ids.element_count(), samples.element_count(), gains.element_count()})),
         num_sparsecores_(num_sparsecores),
+        sparsecores_per_device_(sparsecores_per_device),
         row_pointers_per_segment_(std::max(num_sparsecores, kMinRowPointers)),
         shared_(max_minibatches > 0),
         max_minibatches_(std::clamp<int64_t>(max_minibatches, 1, kBuckets)),
@@ -67,13 +70,17 @@ class PackedBatch {
 
   int64_t num_stacks() const { return num_stacks_; }
   int64_t num_sparsecores() const { return num_sparsecores_; }
+  int64_t sparsecores_per_device() const { return sparsecores_per_device_; }
   int64_t num_minibatches() const { return num_minibatches_; }
   const Stack& stack(int64_t k) const { return stacks_[k]; }
 
   std::string Problem() const {
     // Compared by subtraction and division, which cannot overflow.
-    if (num_sparsecores_ < 1 || num_sparsecores_ > num_row_pointers_) return "the number of SparseCores is wrong";
-    const int64_t row_pointers = num_sparsecores_ * max_minibatches_ * row_pointers_per_segment_;
+    if (sparsecores_per_device_ < 1 || num_sparsecores_ < sparsecores_per_device_ || num_sparsecores_ > num_row_pointers_ ||
+        num_sparsecores_ % sparsecores_per_device_ != 0) {
+      return "the number of SparseCores is wrong";
+    }
+    const int64_t row_pointers = sparsecores_per_device_ * max_minibatches_ * row_pointers_per_segment_;
     for (int64_t k = 0; k < num_stacks_; ++k) {
       const Stack& s = stacks_[k];
       const bool fits = s.row_pointers_start >= 0 && s.entries_start >= 0 && s.capacity >= 0 &&
@@ -89,7 +96,7 @@ class PackedBatch {
   void Append(int64_t stack, int64_t sparsecore, std::vector<Entries>& to) const {
     const Stack& s = stacks_[stack];
     const int32_t* row_pointers = row_pointers_ + s.row_pointers_start;
-    const int64_t share = s.capacity / num_sparsecores_;
+    const int64_t share = s.capacity / sparsecores_per_device_;
     const int64_t start = s.entries_start + (shared_ ? 0 : sparsecore * share);
     for (int64_t segment = sparsecore * num_minibatches_, m = 0; m < num_minibatches_; ++m, ++segment) {
       const int64_t capacity = shared_ ? s.capacity : share;
@@ -103,9 +110,10 @@ class PackedBatch {
   int64_t NumEntries(int64_t stack) const {
     const Stack& s = stacks_[stack];
     const int32_t* row_pointers = row_pointers_ + s.row_pointers_start;
-    if (shared_) return SegmentEnd(row_pointers, num_sparsecores_ * num_minibatches_ - 1, s.capacity);
+    if (shared_) return SegmentEnd(row_pointers, sparsecores_per_device_ * num_minibatches_ - 1, s.capacity);
+    const int64_t share = s.capacity / sparsecores_per_device_;
     int64_t entries = 0;
-    for (int64_t i = 0; i < num_sparsecores_; ++i) entries += SegmentEnd(row_pointers, i, s.capacity / num_sparsecores_);
+    for (int64_t i = 0; i < sparsecores_per_device_; ++i) entries += SegmentEnd(row_pointers, i, share);
     return entries;
   }
 
@@ -120,7 +128,7 @@ class PackedBatch {
   const int32_t* ids_;
   const int32_t* samples_;
   const float* gains_;
-  int64_t num_row_pointers_, num_entries_, num_sparsecores_, row_pointers_per_segment_;
+  int64_t num_row_pointers_, num_entries_, num_sparsecores_, sparsecores_per_device_, row_pointers_per_segment_;
   bool shared_;
   int64_t max_minibatches_, num_minibatches_;
   const Stack* stacks_;
@@ -152,11 +160,12 @@ struct Guarded<kHandler> {
   }
 };
 
-// Runs one task for each stack and SparseCore on XLA's threads; `bytes` are the bytes of rows that all of them touch.
+// Runs one task for each stack and SparseCore of the device on XLA's threads; `bytes` are the bytes of rows that all of them
+// touch.
 template <typename Task>
 ffi::Error RunTasks(ffi::ThreadPool threads, const PackedBatch& batch, int64_t bytes, Task&& task) {
   const int64_t helpers = bytes < kInlineBytes ? 0 : NumThreads(threads) - 1;
-  const int64_t sparsecores = batch.num_sparsecores();
+  const int64_t sparsecores = batch.sparsecores_per_device();
   ParallelFor([&](std::function<void()> work) { threads.Schedule(std::move(work)); }, helpers,
               batch.num_stacks() * sparsecores, [&](int64_t i) { task(i / sparsecores, i % sparsecores); });
   return ffi::Error::Success();
@@ -190,8 +199,10 @@ struct Columns {
 
 ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
                   Int32s num_minibatches, ffi::RemainingArgs tables, ffi::RemainingRets activations,
-                  int64_t num_sparsecores, int64_t max_minibatches, Int64Span stacks, FloatSpan quantization) {
-  const PackedBatch batch(row_pointers, ids, samples, gains, num_minibatches, num_sparsecores, max_minibatches, stacks);
+                  int64_t num_sparsecores, int64_t sparsecores_per_device, int64_t max_minibatches, Int64Span stacks,
+                  bool gathered, FloatSpan quantization) {
+  const PackedBatch batch(row_pointers, ids, samples, gains, num_minibatches, num_sparsecores, sparsecores_per_device,
+                          max_minibatches, stacks);
   if (const std::string problem = batch.Problem(); !problem.empty()) return Invalid(problem);
   const int64_t n = batch.num_stacks();
   if (static_cast<int64_t>(tables.size()) != n || static_cast<int64_t>(activations.size()) != n ||
@@ -204,14 +215,15 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     const Columns table = Columns::Of(tables, k), out = Columns::Of(activations, k);
     if (table.data == nullptr || out.data == nullptr) return Invalid("lookup: tables must be float32 of rank 1 or 2");
     const int64_t samples_per_sparsecore = batch.stack(k).samples_per_sparsecore;
-    if (table.rows % num_sparsecores != 0 || out.rows != samples_per_sparsecore * num_sparsecores ||
-        out.columns != table.columns) {
+    if ((!gathered && table.rows % num_sparsecores != 0) ||
+        out.rows != samples_per_sparsecore * sparsecores_per_device || out.columns != table.columns) {
       return Invalid("lookup: the shapes of table and activations of stack " + std::to_string(k) + " do not match");
     }
     LookupTask& t = tasks[k];
     t.num_partitions = num_sparsecores;
     t.table = table.data;
-    t.rows_per_partition = table.rows / num_sparsecores;
+    t.rows_per_partition = gathered ? table.rows : table.rows / num_sparsecores;
+    t.partition_stride = gathered ? 0 : t.rows_per_partition;
     t.dim = table.columns;
     t.out = out.data;
     t.num_samples = samples_per_sparsecore;
@@ -234,10 +246,12 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
 // then any number that are not read: they order the update after what computes them. Results: tables and slots, in place.
 ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
                   Int32s num_minibatches, Floats hyperparameters, ffi::RemainingArgs operands,
-                  ffi::RemainingRets results, int64_t num_sparsecores, int64_t max_minibatches, Int64Span stacks,
-                  Int64Span rules, Int64Span num_hyperparameters, FloatSpan options) {
-  const PackedBatch batch(row_pointers, ids, samples, gains, num_minibatches, num_sparsecores, max_minibatches, stacks);
+                  ffi::RemainingRets results, int64_t num_sparsecores, int64_t sparsecores_per_device,
+                  int64_t max_minibatches, Int64Span stacks, Int64Span rules, Int64Span num_hyperparameters, FloatSpan options) {
+  const PackedBatch batch(row_pointers, ids, samples, gains, num_minibatches, num_sparsecores, sparsecores_per_device,
+                          max_minibatches, stacks);
   if (const std::string problem = batch.Problem(); !problem.empty()) return Invalid(problem);
+  if (sparsecores_per_device != num_sparsecores) return Invalid("update: the rows of several devices");
   const RowKernels& kernels = SelectRowKernels();
   const int64_t n = batch.num_stacks();
   if (static_cast<int64_t>(rules.size()) != n || static_cast<int64_t>(num_hyperparameters.size()) != n ||
@@ -346,8 +360,10 @@ XLA_FFI_DEFINE_HANDLER(kLookup, Guarded<Lookup>::Run,
                            .RemainingArgs()
                            .RemainingRets()
                            .Attr<int64_t>("num_sparsecores")
+                           .Attr<int64_t>("sparsecores_per_device")
                            .Attr<int64_t>("max_minibatches")
                            .Attr<Int64Span>("stacks")
+                           .Attr<bool>("gathered")
                            .Attr<FloatSpan>("quantization"));
 
 XLA_FFI_DEFINE_HANDLER(kUpdate, Guarded<Update>::Run,
@@ -362,6 +378,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdate, Guarded<Update>::Run,
                            .RemainingArgs()
                            .RemainingRets()
                            .Attr<int64_t>("num_sparsecores")
+                           .Attr<int64_t>("sparsecores_per_device")
                            .Attr<int64_t>("max_minibatches")
                            .Attr<Int64Span>("stacks")
                            .Attr<Int64Span>("rules")

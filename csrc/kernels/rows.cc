@@ -51,7 +51,7 @@ void LookupMinibatch(const LookupTask& t, const Entries& entries) {
   const int64_t dim = Length<kDim>(t.dim);
   const float inverse_step = kQuantize ? 1.0f / t.quantization.step : 0.0f;
   for (int64_t partition = 0, begin = entries.begin; partition < t.num_partitions; ++partition) {
-    const float* table = t.table + partition * t.rows_per_partition * dim;
+    const float* table = t.table + partition * t.partition_stride * dim;
     const int64_t end = PartitionEnd(entries, partition, begin);
     for (int64_t e = begin; e < end; ++e) {
       if (e + kPrefetchEntries < end && InRange(entries.ids[e + kPrefetchEntries], t.rows_per_partition)) {

@@ -28,13 +28,14 @@ struct Quantization {
   float min = 0, max = 0, step = 0;
 };
 
-// out[sample] = sum over the entries of the sample of gain * table[partition, id]
+// out[sample] = sum over the entries of the sample of gain * table[partition * partition_stride + id]
 struct LookupTask {
   const Entries* minibatches;  // [num_minibatches]
   int64_t num_minibatches;
   int64_t num_partitions;
-  const float* table;  // [num_partitions * rows_per_partition, dim]
-  int64_t rows_per_partition;
+  const float* table;  // [.., dim]
+  int64_t rows_per_partition;  // What ids must be below.
+  int64_t partition_stride;    // Rows from a partition to the next; 0 where ids are rows of the table.
   int64_t dim;
   float* out;  // [num_samples, dim]
   int64_t num_samples;

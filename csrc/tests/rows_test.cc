@@ -110,7 +110,7 @@ void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, in
   std::vector<Entries> entries;
   for (int64_t s = 0; s < batch.sources; ++s) entries.push_back(batch.Of(s));
   for (int64_t s = 0; s < sparsecores; ++s) {
-    kernels.lookup(LookupTask{entries.data() + s * minibatches, minibatches, batch.partitions, table.data(), batch.rows,
+    kernels.lookup(LookupTask{entries.data() + s * minibatches, minibatches, batch.partitions, table.data(), batch.rows, batch.rows,
                               dim, got.data() + s * batch.samples * dim, batch.samples, {}});
   }
   if (damaged) return;  // The sanitizers and the end of this process tell whether memory was left.

@@ -9,11 +9,10 @@ import numpy as np
 from jax.core import Tracer
 
 from embax._checks import is_finite_number
-from embax._ops.geometry import inside_shard_map, make_geometry
-from embax._ops.lookup import lookup_stacks
+from embax._ops.across_devices import lookup_across, update_across
+from embax._ops.geometry import axis_of, inside_shard_map, make_geometry
 from embax._ops.row_update import NO_LIMITS, RowLimits
 from embax._ops.unstack import stack_gradients, unstack_activations
-from embax._ops.update import update_stacks
 from embax._preprocess.arrays import beyond_int64, find, to_numpy
 from embax._preprocess.buffers import PreprocessedInput
 from embax._specs import FeatureSpec
@@ -116,13 +115,13 @@ def check_activations(what: str, feature: FeaturePlan, batch: int, array: Any) -
 
 
 def lookup_features(
-    packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], plan: Plan
+    packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], plan: Plan, axis_name: Any = None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Activations of each feature in the order of the feature leaves, and of each stack."""
     check_variables(variables, plan)
     geometry = make_geometry(plan, packed)
     tables = [jax.tree.leaves(variables[stack.name])[0] for stack in plan.stacks]
-    stacked = lookup_stacks(packed, tables, geometry)
+    stacked = lookup_across(packed, tables, geometry, axis_of(plan, axis_name))
     features: dict[int, jax.Array] = {}
     for stack, placed, activations in zip(plan.stacks, packed.layout.stacks, stacked, strict=True):
         parts = unstack_activations(activations, stack, placed, packed.layout)
@@ -138,6 +137,7 @@ def update_features(
     step: int | jax.Array | None,
     after: Sequence[jax.Array],
     limits: Sequence[RowLimits] | None = None,
+    axis_name: Any = None,
 ) -> dict[str, Any]:
     """New variables from the gradients of each feature's activations; `after` and `limits` as in `update_stacks`."""
     check_variables(variables, plan)
@@ -149,12 +149,13 @@ def update_features(
             check_activations("gradient", feature, batch, gradients[feature.leaf])
             parts.append(gradients[feature.leaf].astype(jnp.float32))
         stacked.append(stack_gradients(parts, stack, placed, packed.layout))
-    new = update_stacks(
+    new = update_across(
         packed,
         stacked,
         [tuple(jax.tree.leaves(variables[stack.name])) for stack in plan.stacks],
         after,
         geometry,
+        axis_of(plan, axis_name),
         step,
         limits,
     )
@@ -165,13 +166,20 @@ def update_features(
     }
 
 
-def lookup(packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], *, specs: Any) -> Any:
+def lookup(
+    packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], *, specs: Any, axis_name: Any = None
+) -> Any:
     """Looks up a packed batch: for each sample the combined rows of its ids.
+
+    With specs that were placed for several devices it is called inside `jax.shard_map`, with the parts of the batch and of the
+    variables that one device has, and returns the activations of its samples. Rows travel between the devices.
 
     Args:
         packed: what `embax.preprocess` returned for these specs.
         variables: `EmbeddingVariables` of each stack by name.
         specs: pytree of placed `FeatureSpec`.
+        axis_name: of specs that were placed for several devices, the mesh axis that the tables are sharded over, or a tuple of
+            axes; None where `jax.shard_map` has only one.
 
     Returns:
         The activations, float32[batch, output_dim] of each feature, in the structure of `specs`.
@@ -183,7 +191,7 @@ def lookup(packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables
         >>> packed = embax.preprocess(ids, specs=specs)
         >>> activations = embax.lookup(packed, variables, specs=specs)
     """
-    features, _ = lookup_features(packed, variables, make_plan(specs))
+    features, _ = lookup_features(packed, variables, make_plan(specs), axis_name)
     return jax.tree.unflatten(feature_structure(specs), features)
 
 
@@ -196,6 +204,7 @@ def apply_gradients(
     step: int | jax.Array | None = None,
     activations: Any = None,
     embedding_var_limits: Mapping[str, tuple[float | None, float | None]] | None = None,
+    axis_name: Any = None,
 ) -> dict[str, EmbeddingVariables]:
     """Takes one optimizer step on every row that a packed batch touched, and on no other.
 
@@ -212,6 +221,7 @@ def apply_gradients(
             them it may copy the tables, if the gradients do not depend on the activations (a loss linear in them).
         embedding_var_limits: `(min, max)` by the name of a stack: the new rows of its table are clipped to this range; slots
             and rows that the batch did not touch are not. None, or a stack that is left out, is no limit.
+        axis_name: see `lookup`.
 
     Returns:
         The new variables.
@@ -236,7 +246,8 @@ def apply_gradients(
                 check_activations("activation", feature, batch, by_leaf[feature.leaf])
             after.append(by_leaf[stack.features[0].leaf])
     leaves = _flatten_like(gradients, structure, "gradients")
-    return update_features(leaves, packed, variables, plan, step, after, checked_limits(embedding_var_limits, plan))
+    row_limits = checked_limits(embedding_var_limits, plan)
+    return update_features(leaves, packed, variables, plan, step, after, row_limits, axis_name)
 
 
 def read_rows(variables: Mapping[str, EmbeddingVariables], table: str, ids: Any, *, specs: Any) -> jax.Array:

@@ -137,16 +137,14 @@ def test_minibatches_and_quantization(mesh):
 
 
 @pytest.mark.filterwarnings("ignore:.*SparseCores cannot run:embax.SlowPathWarning")
-def test_other_optimizers_compile_in_place_on_one_chip(chips):
-    mesh = jax.sharding.Mesh(np.array(chips[:1]), ("chips",))
+def test_other_optimizers_compile_in_place(mesh):
     report = compile_step(mesh, 1 << 20, *OTHERS.values())
     assert report.aliased == report.state
     assert report.temporary < report.state // 8
     assert not on_sparsecores(report)
 
 
-def test_portable_on_one_chip(chips):
-    mesh = jax.sharding.Mesh(np.array(chips[:1]), ("chips",))
+def test_portable(mesh):
     report = compile_step(mesh, 1 << 20, ADAGRAD, backend="portable")
     assert report.aliased == report.state
     assert report.temporary < report.state // 8

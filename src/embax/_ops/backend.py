@@ -10,7 +10,7 @@ from embax._types import Device
 
 BACKENDS = ("native", "portable", "sparsecore")
 
-_OF_PLATFORM = {"cpu": "native", "tpu": "sparsecore"}
+OF_PLATFORM = {"cpu": "native", "tpu": "sparsecore"}
 """The lowering that a platform has beside the portable one."""
 
 # The choice is part of jit's cache key, so a jitted function is compiled anew under another choice.
@@ -52,7 +52,7 @@ def chosen_backend() -> str | None:
 
 def backend_on(platform: str, choice: str | None) -> str:
     """The lowering that a choice means on a platform; None chooses the platform's own."""
-    own = _OF_PLATFORM.get(platform, "portable")
+    own = OF_PLATFORM.get(platform, "portable")
     return own if choice in (None, own) else "portable"
 
 

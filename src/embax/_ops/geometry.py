@@ -1,6 +1,8 @@
 """What the primitives know statically about a packed batch and the tables it looks up."""
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +53,15 @@ class Geometry:
     """The stacks of a packed batch on one device.
 
     `num_sparsecores` SparseCores of `num_devices` devices hold the rows. With several devices all shapes are those of one.
-    `max_minibatches` is 0 where SparseCores have equal shares of a buffer (see `PackedLayout`).
+    `max_minibatches` is 0 where SparseCores have equal shares of a buffer (see `PackedLayout`). If `gathered`, the ids are not
+    those of rows on a SparseCore, but of rows of the tables at hand, which were gathered from their owners.
     """
 
     stacks: tuple[StackGeometry, ...]
     num_sparsecores: int
     max_minibatches: int
     num_devices: int = 1
+    gathered: bool = False
 
     @property
     def sparsecores_per_device(self) -> int:
@@ -78,14 +82,6 @@ class Geometry:
         """Samples of a stack on the device."""
         return self.sparsecores_per_device * stack.samples_per_sparsecore
 
-    def check_one_device(self) -> None:
-        """Raises a ValueError unless one device holds all rows, as lowerings need that exchange nothing between devices."""
-        if self.num_devices != 1:
-            raise ValueError(
-                f"The specs were placed for {self.num_devices} devices; only SparseCores of TPUs look rows up and update them "
-                "across devices. Place the specs with global_device_count=1."
-            )
-
     def offsets(self) -> np.ndarray:
         """int64[4 * stacks]: what the C++ `PackedBatch::Stack` holds."""
         fields = ((s.row_pointers_start, s.entries_start, s.capacity, s.samples_per_sparsecore) for s in self.stacks)
@@ -95,6 +91,41 @@ class Geometry:
 def inside_shard_map() -> bool:
     """Whether what is traced is one device's part of a computation, so that shapes are those of one device."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def axis_of(plan: Plan, axis_name: Any = None) -> Any:
+    """The name of the mesh axis (or a tuple of names) that the tables are sharded over, None where one device has them all.
+
+    Args:
+        plan: the placed specs.
+        axis_name: what the user said, or None: then the only axis there is.
+
+    Raises:
+        ValueError: there is no such axis, or it has another size than the devices that the specs were placed for.
+    """
+    if plan.num_devices == 1:
+        return None
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = mesh.manual_axes
+    if axis_name is None:
+        if len(manual) != 1:
+            raise ValueError(
+                f"The specs were placed for {plan.num_devices} devices and there are {len(manual)} manual mesh axes, {manual}: "
+                "pass axis_name, the axis that the tables are sharded over, or a tuple of axes in the order of the mesh."
+            )
+        axis_name = manual[0]
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if unknown := [name for name in names if name not in manual]:
+        raise ValueError(
+            f"axis_name is {axis_name!r}, but {unknown} are no manual axes of this jax.shard_map: {manual}."
+        )
+    size = math.prod(jax.lax.axis_size(name) for name in names)
+    if size != plan.num_devices:
+        raise ValueError(
+            f"Axis {axis_name!r} has {size} devices, the specs were placed for {plan.num_devices}: place them with "
+            f"global_device_count={size}, or use a mesh whose axis has {plan.num_devices} devices."
+        )
+    return axis_name
 
 
 def _check_arrays(packed: PreprocessedInput) -> None:
@@ -183,8 +214,9 @@ def make_geometry(plan: Plan, packed: PreprocessedInput) -> Geometry:
     _check_arrays(packed)
     if plan.num_devices != 1 and not inside_shard_map():
         raise ValueError(
-            f"The specs were placed for {plan.num_devices} devices; lookups and updates run on one device. Place them "
-            "with global_device_count=1, or on TPUs call from inside jax.shard_map."
+            f"The specs were placed for {plan.num_devices} devices: each looks up and updates its part of the batch inside "
+            "jax.shard_map. Use a layer with mesh=, call from inside jax.shard_map, or place the specs with "
+            "global_device_count=1."
         )
     return Geometry(
         stacks=tuple(

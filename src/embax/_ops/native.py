@@ -58,6 +58,7 @@ def _quantization(geometry: Geometry) -> np.ndarray:
 def _packed_attributes(geometry: Geometry) -> dict[str, Any]:
     return {
         "num_sparsecores": np.int64(geometry.num_sparsecores),
+        "sparsecores_per_device": np.int64(geometry.sparsecores_per_device),
         "max_minibatches": np.int64(geometry.max_minibatches),
         "stacks": geometry.offsets(),
     }
@@ -80,7 +81,11 @@ def lookup(packed: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: G
         for stack, table in zip(geometry.stacks, tables, strict=True)
     ]
     return jax.ffi.ffi_call("embax_lookup", shapes)(
-        *packed, *tables, **_packed_attributes(geometry), quantization=_quantization(geometry)
+        *packed,
+        *tables,
+        **_packed_attributes(geometry),
+        gathered=geometry.gathered,
+        quantization=_quantization(geometry),
     )
 
 

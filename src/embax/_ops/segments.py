@@ -19,10 +19,10 @@ def entries_of(
     """The entries of a stack.
 
     Returns:
-        `(partition, id, sample, gain)`, arrays of the stack's capacity. `sample` counts over all SparseCores; it is the
+        `(partition, id, sample, gain)`, arrays of the stack's capacity. `sample` counts over the device's SparseCores; it is the
         number of samples, one too many, where an entry is padding or out of range, and the gain is 0 there.
     """
-    num, segments = geometry.num_sparsecores, geometry.max_segments
+    num, local, segments = geometry.num_sparsecores, geometry.sparsecores_per_device, geometry.max_segments
     pointers = jax.lax.dynamic_slice_in_dim(
         row_pointers, stack.row_pointers_start, segments * geometry.row_pointers_per_segment
     )
@@ -31,11 +31,11 @@ def entries_of(
     if geometry.max_minibatches:
         minibatches = jnp.clip(num_minibatches[0], 1, geometry.max_minibatches)
         # What lies behind the last segment was not written.
-        ends = jnp.where((segment < num * minibatches)[:, None], ends, stack.capacity)
+        ends = jnp.where((segment < local * minibatches)[:, None], ends, stack.capacity)
         starts = jnp.concatenate([jnp.zeros(1, jnp.int32), _aligned(ends[:-1, -1])])
     else:
         minibatches = 1
-        starts = segment * (stack.capacity // num)
+        starts = segment * (stack.capacity // local)
         ends = ends + starts[:, None]
     begins = jnp.concatenate([starts[:, None], _aligned(ends[:, :-1])], axis=1).reshape(-1)
     position = jnp.arange(stack.capacity, dtype=jnp.int32)
@@ -61,13 +61,34 @@ def _aligned(ends: jax.Array) -> jax.Array:
     return (ends + (PARTITION_ALIGNMENT - 1)) // PARTITION_ALIGNMENT * PARTITION_ALIGNMENT
 
 
-def physical_rows(
-    partition: jax.Array, ids: jax.Array, valid: jax.Array, num_partitions: int, num_rows: int
-) -> jax.Array:
-    """The row of the stacked table that each entry names, `num_rows` where it names none."""
-    rows_per_partition = num_rows // num_partitions
+def table_rows(partition: jax.Array, ids: jax.Array, valid: jax.Array, num_rows: int, geometry: Geometry) -> jax.Array:
+    """The row of the table in hand, of `num_rows`, that each entry names; `num_rows` where it names none."""
+    if geometry.gathered:
+        return jnp.where(valid & (ids >= 0) & (ids < num_rows), ids, num_rows)
+    _, rows = owners_and_rows(partition, ids, valid, num_rows, geometry)
+    return rows
+
+
+def owners_and_rows(
+    partition: jax.Array, ids: jax.Array, valid: jax.Array, num_rows: int, geometry: Geometry
+) -> tuple[jax.Array, jax.Array]:
+    """The device that owns the row of each entry, and the row there.
+
+    Args:
+        partition: int32[n], the SparseCore that owns the row.
+        ids: int32[n], the row on that SparseCore.
+        valid: bool[n], false where an entry is padding.
+        num_rows: rows of the table on each device.
+        geometry: static.
+
+    Returns:
+        Two int32[n]; `geometry.num_devices` and `num_rows` where an entry names no row.
+    """
+    local = geometry.sparsecores_per_device
+    rows_per_partition = num_rows // local
     valid = valid & (ids >= 0) & (ids < rows_per_partition)
-    return jnp.where(valid, partition * rows_per_partition + jnp.where(valid, ids, 0), num_rows)
+    owner = jnp.where(valid, partition // local, geometry.num_devices)
+    return owner, jnp.where(valid, partition % local * rows_per_partition + jnp.where(valid, ids, 0), num_rows)
 
 
 def sum_runs(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:

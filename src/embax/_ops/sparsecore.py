@@ -150,28 +150,24 @@ def why_not(optimizer: OptimizerSpec, dim: int) -> str | None:
     return None
 
 
-def holds(stack: StackGeometry, table: jax.Array, geometry: Geometry) -> bool:
-    """Whether SparseCores look up and update a stack. If not, it is said, and plain JAX operations do both.
+def why_not_held(stack: StackGeometry, table: jax.Array) -> str | None:
+    """What keeps SparseCores from looking up and updating a stack, or None.
 
     It is one answer for both: arrays of SparseCores lie in memory in their own way, and XLA would convert whole tables.
-
-    Raises:
-        ValueError: they do not, and there are several devices.
     """
     if stack.optimizer is None:
-        return True
-    columns = table.shape[1] if table.ndim == 2 else None
-    reason = "its table has one value a row" if columns is None else why_not(stack.optimizer, columns)
+        return None
+    return "its table has one value a row" if table.ndim == 1 else why_not(stack.optimizer, table.shape[1])
+
+
+def holds(stack: StackGeometry, table: jax.Array) -> bool:
+    """Whether SparseCores look up and update a stack. If not, it is said, and plain JAX operations do both."""
+    reason = why_not_held(stack, table)
     if reason is None:
         return True
-    problem = f"Stack {stack.name!r}: SparseCores cannot run {type(stack.optimizer).__name__}, since {reason}."
-    if geometry.num_devices != 1:
-        raise ValueError(
-            f"{problem} Only they look rows up across devices, of which there are {geometry.num_devices}. Choose an elementwise "
-            "optimizer, or place the specs with global_device_count=1."
-        )
     warn_slow_path(
-        f"{problem} Its lookups and updates run in plain JAX operations, which are slower on a TPU. "
+        f"Stack {stack.name!r}: SparseCores cannot run {type(stack.optimizer).__name__}, since {reason}. "
+        "Its lookups and updates run in plain JAX operations, which are slower on a TPU. "
         'embax.use_backend("portable") chooses that without this warning, for all stacks.'
     )
     return False

@@ -1,27 +1,22 @@
-"""The update primitive: gradients of activations into tables and slots, in place."""
+"""The update primitives: gradients of activations, or of rows, into tables and slots, in place."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from embax._checks import INT32_MAX
 from embax._ops import native, sparsecore
-from embax._ops.backend import backend_on, chosen_backend
 from embax._ops.geometry import Geometry, optimizer_of, packed_operands
-from embax._ops.refusals import refuse_transformations
+from embax._ops.primitive import bind, define
+from embax._ops.row_sums import group, sum_groups, sum_row_gradients
 from embax._ops.row_update import NO_LIMITS, RowLimits, StackUpdate, hyperparameters_of, new_rows
-from embax._ops.segments import entries_of, physical_rows, sum_runs
 from embax._preprocess.buffers import PreprocessedInput
 from embax._warnings import warn_slow_path
-
-update_p = Primitive("embax_update")
-update_p.multiple_results = True
 
 
 def update_stacks(
@@ -33,7 +28,7 @@ def update_stacks(
     step: int | jax.Array | None = None,
     limits: Sequence[RowLimits] | None = None,
 ) -> list[tuple[jax.Array, ...]]:
-    """Updates the rows that a batch touched, each once.
+    """Updates the rows that a batch touched, each once, in tables that hold all of them.
 
     Args:
         packed: the batch that the lookup took.
@@ -49,6 +44,46 @@ def update_stacks(
     Returns:
         New table and slots of each stack.
     """
+    return _by_rule(update_p, packed_operands(packed), [gradients], states, after, geometry, step, limits)
+
+
+def apply_rows(
+    rows: Sequence[jax.Array],
+    gradients: Sequence[jax.Array],
+    states: Sequence[tuple[jax.Array, ...]],
+    after: Sequence[jax.Array],
+    geometry: Geometry,
+    step: int | jax.Array | None = None,
+    limits: Sequence[RowLimits] | None = None,
+) -> list[tuple[jax.Array, ...]]:
+    """Updates rows, each once, by the sum of the gradients that are given for it.
+
+    Args:
+        rows: int32[n] of each stack, rows of its table in any order, also several times; what is no row is left out.
+        gradients: float32[n, dim] of each stack.
+        states: as in `update_stacks`.
+        after: as in `update_stacks`.
+        geometry: static; only the stacks' optimizers and widths are read.
+        step: for schedules and for optimizers that need it.
+        limits: as in `update_stacks`.
+
+    Returns:
+        New table and slots of each stack.
+    """
+    return _by_rule(apply_rows_p, [], [rows, gradients], states, after, geometry, step, limits)
+
+
+def _by_rule(
+    primitive: Primitive,
+    shared: Sequence[Any],
+    parts: Sequence[Sequence[jax.Array]],
+    states: Sequence[tuple[jax.Array, ...]],
+    after: Sequence[jax.Array],
+    geometry: Geometry,
+    step: int | jax.Array | None,
+    limits: Sequence[RowLimits] | None,
+) -> list[tuple[jax.Array, ...]]:
+    """Binds an update primitive to `shared`, the hyperparameters, `parts` of each stack, `states` and `after`."""
     new: list[tuple[jax.Array, ...]] = [()] * len(geometry.stacks)
     # What has no row rule in C++ is a call of its own, so that the others keep theirs.
     for native_rule in (True, False):
@@ -57,16 +92,16 @@ def update_stacks(
             continue
         stacks = tuple(geometry.stacks[k] for k in chosen)
         hyperparameters = [hyperparameters_of(optimizer_of(stack), step) for stack in stacks]
-        flat = update_p.bind(
-            *packed_operands(packed),
+        flat = bind(
+            primitive,
+            *shared,
             _one_array([scalar for scalars in hyperparameters for scalar in scalars]),
-            *(gradients[k] for k in chosen),
+            *(part[k] for part in parts for k in chosen),
             *(array for k in chosen for array in states[k]),
             *(after[k] for k in chosen if after),
             geometry=dataclasses.replace(geometry, stacks=stacks),
             num_hyperparameters=tuple(map(len, hyperparameters)),
             limits=tuple(limits[k] if limits else NO_LIMITS for k in chosen),
-            backend=chosen_backend(),
         )
         for k, state in zip(chosen, _grouped(flat, [len(states[k]) for k in chosen]), strict=True):
             new[k] = state
@@ -86,7 +121,7 @@ def _grouped(flat: Sequence, sizes: Sequence[int]) -> list[tuple]:
     return groups
 
 
-def _opaque_zero(after: jax.Array) -> jax.Array:
+def opaque_zero(after: jax.Array) -> jax.Array:
     """An int32 0 that XLA takes for a function of `after`, whatever that holds, NaN included."""
     bits = jax.lax.bitcast_convert_type(after.reshape(-1)[0].astype(jnp.float32), jnp.int32)
     return jax.lax.population_count(bits) >> 6
@@ -97,48 +132,59 @@ def _columns(array: jax.Array) -> jax.Array:
     return array[:, None] if array.ndim == 1 else array
 
 
-def _portable_stack(arrays: Sequence[jax.Array], one: StackUpdate, geometry: Geometry) -> Sequence[jax.Array]:
-    geometry.check_one_device()
-    stack, state = one.stack, one.state
-    num_rows = state[0].shape[0]
-    if num_rows + stack.capacity > INT32_MAX:
+def _updated(one: StackUpdate, rows: jax.Array, gradient: jax.Array) -> list[jax.Array]:
+    """New table and slots from the gradients of distinct ascending rows, behind which come values past every row."""
+    num_rows = one.state[0].shape[0]
+    if num_rows + rows.shape[0] > INT32_MAX:
         raise ValueError(
-            f"Stack {stack.name!r}: {num_rows} rows and a buffer of {stack.capacity} entries are more than int32 counts, "
+            f"Stack {one.stack.name!r}: {num_rows} rows and a buffer of {rows.shape[0]} entries are more than int32 counts, "
             f"{INT32_MAX}, which the portable backend needs; split the table."
         )
-    if stack.capacity == 0 or geometry.num_samples(stack) == 0:
-        return state
-    partition, ids, sample, gain = entries_of(*arrays, geometry=geometry, stack=stack)
-    if one.order is not None:
-        ids = ids + one.order
-    rows = physical_rows(partition, ids, sample < geometry.num_samples(stack), geometry.num_sparsecores, num_rows)
-    order = jnp.argsort(rows, stable=True)
-    rows = rows[order]
-    contributions = gain[order][:, None] * _columns(one.gradient).at[sample[order]].get(mode="fill", fill_value=0)
-    is_last, sums = sum_runs(rows, contributions)
-    # The touched rows, each once, to the front; behind them rows past the end of the table, which reading fills and
-    # writing drops. All differ and are sorted, so that no write meets another.
-    padding = num_rows + jnp.arange(stack.capacity, dtype=jnp.int32)
-    touched = jnp.where(is_last & (rows < num_rows), rows, padding)
-    compact = jnp.argsort(touched)
-    touched = touched[compact]
+    # Behind the touched rows come rows past the end of the table, which reading fills and writing drops. All differ and are
+    # sorted, so that no write meets another.
+    padding = num_rows + jnp.arange(rows.shape[0], dtype=jnp.int32)
+    touched = jnp.where(rows < num_rows, rows, padding)
     # The rule must not see the columns that only the stack has. One value a row is read and written as it is: on a GPU a
     # reshape of the whole array would copy it.
-    columns = (slice(stack.width),)
-    places = [array.at[touched, *columns[: array.ndim - 1]] for array in state]
+    columns = (slice(one.stack.width),)
+    places = [array.at[touched, *columns[: array.ndim - 1]] for array in one.state]
     known: Any = {"unique_indices": True, "indices_are_sorted": True}
     old = [_columns(place.get(mode="fill", fill_value=0, **known)) for place in places]
-    gradient = sums[compact, *columns]
-    table, slots = new_rows(one.optimizer, one.limits, gradient, old[0], tuple(old[1:]), one.hyperparameters)
+    table, slots = new_rows(
+        one.optimizer, one.limits, gradient[:, columns[0]], old[0], tuple(old[1:]), one.hyperparameters
+    )
     return [
         place.set(new if array.ndim == 2 else new[:, 0], mode="drop", **known)
-        for place, array, new in zip(places, state, (table, *slots), strict=True)
+        for place, array, new in zip(places, one.state, (table, *slots), strict=True)
     ]
 
 
+def _portable_stack(arrays: Sequence[jax.Array], one: StackUpdate, geometry: Geometry) -> Sequence[jax.Array]:
+    stack = one.stack
+    if stack.capacity == 0 or geometry.num_samples(stack) == 0:
+        return one.state
+    row_pointers, ids, *others = arrays
+    if one.order is not None:
+        ids = ids + one.order
+    arrays = (row_pointers, ids, *others)
+    sums = sum_row_gradients(arrays, _columns(one.gradient), geometry, stack, one.state[0].shape[0])
+    return _updated(one, sums.rows, sums.gradients)
+
+
 def _sparsecore_stack(arrays: Sequence[jax.Array], one: StackUpdate, geometry: Geometry) -> Sequence[jax.Array]:
-    lower = sparsecore.update if sparsecore.holds(one.stack, one.state[0], geometry) else _portable_stack
+    lower = sparsecore.update if sparsecore.holds(one.stack, one.state[0]) else _portable_stack
     return lower(arrays, one, geometry)
+
+
+def _portable_rows(rows: jax.Array, one: StackUpdate) -> Sequence[jax.Array]:
+    if rows.shape[0] == 0:
+        return one.state
+    if one.order is not None:
+        rows = rows + one.order
+    num_rows = one.state[0].shape[0]
+    is_row = (rows >= 0) & (rows < num_rows)
+    grouped = group(jnp.where(is_row, 0, 1), jnp.where(is_row, rows, num_rows), 1)
+    return _updated(one, grouped.rows, sum_groups(grouped, _columns(one.gradient)[grouped.order]))
 
 
 def _num_states(geometry: Geometry) -> list[int]:
@@ -146,91 +192,88 @@ def _num_states(geometry: Geometry) -> list[int]:
     return [1 + optimizer_of(stack).slot_variables_count() for stack in geometry.stacks]
 
 
-def _by_stack(
-    update_stack,
-    row_pointers,
-    ids,
-    samples,
-    gains,
-    num_minibatches,
-    hyperparameters,
-    *operands,
+def _updates(
+    hyperparameters: jax.Array,
+    operands: Sequence[jax.Array],
     geometry: Geometry,
     num_hyperparameters: tuple[int, ...],
     limits: tuple[RowLimits, ...],
-    backend: str | None,
-):
-    del backend
-    arrays = (row_pointers, ids, samples, gains, num_minibatches)
+) -> list[StackUpdate]:
+    """The updates of all stacks; `operands` are gradients, tables and slots, and what orders the updates."""
     sizes = _num_states(geometry)
     gradients, states, after = _grouped(operands, [len(sizes), sum(sizes), len(operands)])
-    updates = zip(
+    fields = zip(
         geometry.stacks,
         gradients,
         _grouped(states, sizes),
         _grouped(list(hyperparameters), num_hyperparameters),
-        [_opaque_zero(array) if array.size else None for array in after] or [None] * len(sizes),
+        [opaque_zero(array) if array.size else None for array in after] or [None] * len(sizes),
         limits,
         strict=True,
     )
-    return [array for update in updates for array in update_stack(arrays, StackUpdate(*update), geometry)]
+    return [StackUpdate(*update) for update in fields]
 
 
-@functools.cache
-def _jitted(**params):
-    return jax.jit(functools.partial(update_p.bind, **params))
+def _in_jax(update_stack: Callable[..., Sequence[jax.Array]], *operands, geometry: Geometry, **params):
+    updates = _updates(operands[5], operands[6:], geometry, **params)
+    return [array for one in updates for array in update_stack(operands[:5], one, geometry)]
 
 
-@update_p.def_impl
-def _run(*operands, **params):
-    return _jitted(**params)(*operands)
+def _without_rule(geometry: Geometry) -> bool:
+    """Whether stacks have optimizers that C++ has no rule for, which is said. Calls have all or none of these."""
+    optimizers = [optimizer_of(stack) for stack in geometry.stacks]
+    without_rule = sorted({type(optimizer).__name__ for optimizer in optimizers if not native.has_rule(optimizer)})
+    if without_rule:
+        warn_slow_path(
+            f"{', '.join(without_rule)} has no native row rule: its updates run in plain JAX operations, which are slower on "
+            'CPU. embax.use_backend("portable") chooses that without this warning.'
+        )
+    return bool(without_rule)
 
 
-@update_p.def_abstract_eval
+def _native(*operands, geometry: Geometry, **params):
+    if _without_rule(geometry):
+        return _in_jax(_portable_stack, *operands, geometry=geometry, **params)
+    return native.update(operands[:5], operands[5], operands[6:], geometry=geometry, **params)
+
+
 def _shapes(*operands, geometry: Geometry, **params):
     del params
     first = 6 + len(geometry.stacks)
     return [state.update() for state in operands[first : first + sum(_num_states(geometry))]]
 
 
-refuse_transformations(
-    update_p,
+update_p = define(
+    "embax_update",
+    _shapes,
+    {
+        "native": _native,
+        "portable": functools.partial(_in_jax, _portable_stack),
+        "sparsecore": functools.partial(_in_jax, _sparsecore_stack),
+    },
     derivative="The update of tables is the end of a backward pass and has no derivative of its own.",
     batching="Make one larger batch instead.",
 )
 
-_lower_portable = mlir.lower_fun(functools.partial(_by_stack, _portable_stack), multiple_results=True)
-_lower_sparsecore = mlir.lower_fun(functools.partial(_by_stack, _sparsecore_stack), multiple_results=True)
+
+def _portable_apply_rows(hyperparameters: jax.Array, *operands, geometry: Geometry, **params):
+    num_stacks = len(geometry.stacks)
+    updates = _updates(hyperparameters, operands[num_stacks:], geometry, **params)
+    return [
+        array for rows, one in zip(operands[:num_stacks], updates, strict=True) for array in _portable_rows(rows, one)
+    ]
 
 
-def _native(*operands, geometry: Geometry, backend: str | None, **params):
-    del backend
-    geometry.check_one_device()
-    packed, hyperparameters, rest = operands[:5], operands[5], operands[6:]
-    return native.update(packed, hyperparameters, rest, geometry=geometry, **params)
+def _apply_rows_shapes(*operands, geometry: Geometry, **params):
+    del params
+    first = 1 + 2 * len(geometry.stacks)
+    return [state.update() for state in operands[first : first + sum(_num_states(geometry))]]
 
 
-_lower_native = mlir.lower_fun(_native, multiple_results=True)
-
-
-def _lower_cpu(context, *operands, geometry: Geometry, backend: str | None, **params):
-    lower = _lower_native if backend_on("cpu", backend) == "native" else _lower_portable
-    optimizers = [optimizer_of(stack) for stack in geometry.stacks]
-    without_rule = sorted({type(optimizer).__name__ for optimizer in optimizers if not native.has_rule(optimizer)})
-    if without_rule and lower is _lower_native:
-        lower = _lower_portable
-        warn_slow_path(
-            f"{', '.join(without_rule)} has no native row rule: its updates run in plain JAX operations, which are slower on "
-            'CPU. embax.use_backend("portable") chooses that without this warning.'
-        )
-    return lower(context, *operands, geometry=geometry, backend=backend, **params)
-
-
-def _lower_tpu(context, *operands, backend: str | None, **params):
-    lower = _lower_sparsecore if backend_on("tpu", backend) == "sparsecore" else _lower_portable
-    return lower(context, *operands, backend=backend, **params)
-
-
-mlir.register_lowering(update_p, _lower_portable)
-mlir.register_lowering(update_p, _lower_cpu, platform="cpu")
-mlir.register_lowering(update_p, _lower_tpu, platform="tpu")
+apply_rows_p = define(
+    "embax_apply_rows",
+    _apply_rows_shapes,
+    {"portable": _portable_apply_rows},
+    derivative="The update of tables is the end of a backward pass and has no derivative of its own.",
+    batching="Make one larger batch instead.",
+)

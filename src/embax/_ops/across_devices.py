@@ -1,0 +1,88 @@
+"""Lookup and update on however many devices, by what each stack and platform allows."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from embax._ops import sparsecore
+from embax._ops.backend import backend_on, chosen_backend
+from embax._ops.exchange import lookup_exchanging, update_exchanging
+from embax._ops.geometry import Geometry
+from embax._ops.lookup import lookup_stacks
+from embax._ops.row_update import RowLimits
+from embax._ops.update import update_stacks
+from embax._preprocess.buffers import PreprocessedInput
+
+
+def _by_holder(
+    geometry: Geometry, tables: Sequence[jax.Array], on_sparsecores: Callable, exchanging: Callable
+) -> list[Any]:
+    """Results of all stacks: `on_sparsecores` of those that SparseCores of a TPU hold, where it is one; else `exchanging`.
+
+    SparseCores look rows up across devices by themselves. Both functions get the numbers of stacks, and their geometry.
+    """
+    results: list[Any] = [None] * len(geometry.stacks)
+    may_hold = backend_on("tpu", chosen_backend()) == "sparsecore"
+    held = [
+        k for k, stack in enumerate(geometry.stacks) if may_hold and sparsecore.why_not_held(stack, tables[k]) is None
+    ]
+    others = [k for k in range(len(geometry.stacks)) if k not in held]
+    for chosen in (held, others):
+        if not chosen:
+            continue
+        part = dataclasses.replace(geometry, stacks=tuple(geometry.stacks[k] for k in chosen))
+        if chosen is held:
+            found = jax.lax.platform_dependent(
+                tpu=lambda k=chosen, part=part: on_sparsecores(k, part),
+                default=lambda k=chosen, part=part: exchanging(k, part),
+            )
+        else:
+            found = exchanging(chosen, part)
+        for k, result in zip(chosen, found, strict=True):
+            results[k] = result
+    return results
+
+
+def lookup_across(
+    packed: PreprocessedInput, tables: Sequence[jax.Array], geometry: Geometry, axis: Any
+) -> list[jax.Array]:
+    """`lookup_stacks` of tables that are sharded over a mesh axis, unless it is None."""
+    if axis is None:
+        return lookup_stacks(packed, tables, geometry)
+    return _by_holder(
+        geometry,
+        tables,
+        lambda chosen, part: lookup_stacks(packed, [tables[k] for k in chosen], part),
+        lambda chosen, part: lookup_exchanging(packed, [tables[k] for k in chosen], part, axis),
+    )
+
+
+def update_across(
+    packed: PreprocessedInput,
+    gradients: Sequence[jax.Array],
+    states: Sequence[tuple[jax.Array, ...]],
+    after: Sequence[jax.Array],
+    geometry: Geometry,
+    axis: Any,
+    step: int | jax.Array | None = None,
+    limits: Sequence[RowLimits] | None = None,
+) -> list[tuple[jax.Array, ...]]:
+    """`update_stacks` of tables that are sharded over a mesh axis, unless it is None."""
+    if axis is None:
+        return update_stacks(packed, gradients, states, after, geometry, step, limits)
+
+    def chosen_ones(chosen: Sequence[int]):
+        own_after = [after[k] for k in chosen] if after else ()
+        return [gradients[k] for k in chosen], [states[k] for k in chosen], own_after
+
+    def limits_of(chosen: Sequence[int]):
+        return [limits[k] for k in chosen] if limits else None
+
+    return _by_holder(
+        geometry,
+        [state[0] for state in states],
+        lambda chosen, part: update_stacks(packed, *chosen_ones(chosen), part, step, limits_of(chosen)),
+        lambda chosen, part: update_exchanging(packed, *chosen_ones(chosen), part, axis, step, limits_of(chosen)),
+    )

@@ -1,0 +1,232 @@
+"""Lookup and update of tables whose rows lie on several devices, inside `jax.shard_map`.
+
+Each device asks the owners for the distinct rows that its part of the batch names, and sends the sums of their gradients back
+the same way: `all_to_all` of arrays of a static size, which hold `rows_per_round` rows for each owner. What does not fit goes in
+further rounds. A round takes a range of each owner's rows, whose end the devices agree on: the lowest at which one of them
+has filled its part. So all that is sent for a row is sent in one round, and each row is updated once a step, whatever the skew.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from embax._checks import INT32_MAX, next_multiple
+from embax._ops.geometry import Geometry, StackGeometry
+from embax._ops.lookup import lookup_stacks, quantize
+from embax._ops.row_sums import distinct_rows, row_gradients
+from embax._ops.row_update import RowLimits
+from embax._ops.update import apply_rows, opaque_zero
+from embax._preprocess.buffers import PreprocessedInput
+
+_ALIGNMENT = 8
+
+
+def rows_per_round(stack: StackGeometry, geometry: Geometry) -> int:
+    """Rows of a stack that a device sends to each other device in one round.
+
+    Enough for ids that are spread over the devices at random, and no more than the limits of the batch allow: what one device
+    sends in a round, to all devices, is little more than the entries of its buffer.
+    """
+    mean = stack.capacity / geometry.num_devices
+    by_entries = math.ceil(mean + 5 * math.sqrt(mean)) + _ALIGNMENT
+    by_limits = geometry.sparsecores_per_device**2 * stack.max_unique_ids_per_partition
+    return next_multiple(max(min(by_entries, by_limits, stack.capacity), 1), _ALIGNMENT)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outgoing:
+    """The rows of one stack that a device names, by owner.
+
+    Args:
+        rows: int32[n], see `RowSums`.
+        ends: int32[num_devices], see `RowSums`.
+        size: rows of a round.
+    """
+
+    rows: jax.Array
+    ends: jax.Array
+    size: int
+
+    @property
+    def begins(self) -> jax.Array:
+        """int32[num_devices]: where the rows of each owner begin."""
+        return jnp.concatenate([jnp.zeros(1, jnp.int32), self.ends[:-1]])
+
+    def window(self, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The next `size` places of each owner's rows, int32[num_devices, size], and which of them hold rows."""
+        places = starts[:, None] + jnp.arange(self.size, dtype=jnp.int32)[None]
+        return places, places < self.ends[:, None]
+
+    def bound(self, starts: jax.Array) -> jax.Array:
+        """int32[num_devices]: the first row that does not fit into a round, `INT32_MAX` where all fit."""
+        last = starts + self.size
+        return jnp.where(last < self.ends, self.rows.at[last].get(mode="fill", fill_value=INT32_MAX), INT32_MAX)
+
+    def round(self, starts: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The rows of a round that ends at `bound`.
+
+        Returns:
+            Places in the list, int32[num_devices, size]; the rows there, `INT32_MAX` where there is none; and where the next
+            round starts, int32[num_devices].
+        """
+        places, exist = self.window(starts)
+        rows = jnp.where(exist, self.rows.at[places].get(mode="fill", fill_value=INT32_MAX), INT32_MAX)
+        taken = rows < bound[:, None]
+        return places, jnp.where(taken, rows, INT32_MAX), starts + jnp.sum(taken, axis=1, dtype=jnp.int32)
+
+
+def _varying(tree: Any, axis: Any) -> Any:
+    """Arrays that may differ between the devices of `axis`, as the type system of `jax.shard_map` has it."""
+
+    def cast(array: jax.Array) -> jax.Array:
+        for name in axis if isinstance(axis, tuple) else (axis,):
+            with contextlib.suppress(ValueError):  # It may differ already.
+                array = jax.lax.pcast(array, name, to="varying")
+        return array
+
+    return jax.tree.map(cast, tree)
+
+
+def _agreed(outgoing: Sequence[_Outgoing], starts: jax.Array, axis: Any) -> jax.Array:
+    """int32[stacks, num_devices]: where a round ends on which all devices agree."""
+    own = jnp.stack([one.bound(begin) for one, begin in zip(outgoing, starts, strict=True)])
+    return jax.lax.pmin(own, axis)
+
+
+def _to_owners(array: jax.Array, axis: Any) -> jax.Array:
+    """Sends `array[d]` to device `d`; receives what device `s` sent at index `s`."""
+    return jax.lax.all_to_all(array, axis, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _in_rounds(outgoing: Sequence[_Outgoing], axis: Any, start: Any, one_round) -> Any:
+    """`one_round(carry, places, rows)` until all rows of all devices were in a round.
+
+    Args:
+        outgoing: of each stack.
+        axis: of the mesh.
+        start: the first carry.
+        one_round: gets the places and rows of a round, of each stack, and returns the next carry.
+    """
+
+    def body(state):
+        starts, _, carry = state
+        bounds = _agreed(outgoing, starts, axis)
+        rounds = [one.round(begin, bound) for one, begin, bound in zip(outgoing, starts, bounds, strict=True)]
+        carry = one_round(carry, [places for places, _, _ in rounds], [rows for _, rows, _ in rounds])
+        return jnp.stack([after for _, _, after in rounds]), jnp.any(bounds < INT32_MAX), carry
+
+    starts = jnp.stack([one.begins for one in outgoing])
+    state = (_varying(starts, axis), jnp.array(True), _varying(start, axis))
+    return jax.lax.while_loop(lambda state: state[1], body, state)[2]
+
+
+def lookup_exchanging(
+    packed: PreprocessedInput, tables: Sequence[jax.Array], geometry: Geometry, axis: Any
+) -> list[jax.Array]:
+    """Activations of every stack, from tables that hold the rows of this device.
+
+    Args:
+        packed: one device's part of a batch.
+        tables: float32[rows, dim] of each stack, or float32[rows].
+        geometry: static.
+        axis: name of the mesh axis that the rows are spread over, or a tuple of names.
+
+    Returns:
+        float32[sparsecores_per_device * samples_per_sparsecore, dim] of each stack, without dim where its table has none.
+    """
+    slots, lists = distinct_rows(packed, [table.shape[0] for table in tables], geometry)
+    sizes = [rows_per_round(stack, geometry) for stack in geometry.stacks]
+    outgoing = [_Outgoing(rows, ends, size) for (rows, ends), size in zip(lists, sizes, strict=True)]
+    # The values of an owner are rounded before they are sent.
+    plain = tuple(dataclasses.replace(stack, quantization=None) for stack in geometry.stacks)
+    local = dataclasses.replace(geometry, stacks=plain, gathered=True)
+
+    def one_round(activations, places, rows):
+        asked = _to_owners(jnp.concatenate(rows, axis=1), axis)
+        found, ids, start = [], slots, 0
+        for stack, table, one, place, asking in zip(geometry.stacks, tables, outgoing, places, rows, strict=True):
+            wanted = asked[:, start : start + one.size]
+            start += one.size
+            values = table.at[wanted].get(mode="fill", fill_value=0)
+            received = _to_owners(quantize(values, stack.quantization), axis)
+            found.append(received.reshape(-1, *table.shape[1:]))
+            own = jax.lax.slice_in_dim(slots, stack.entries_start, stack.entries_start + stack.capacity)
+            own = _received_at(own, one, place[:, 0], asking)
+            ids = jax.lax.dynamic_update_slice_in_dim(ids, own, stack.entries_start, axis=0)
+        gathered = packed.replace(embedding_ids=ids)
+        more = lookup_stacks(gathered, found, local)
+        return [a + b for a, b in zip(activations, more, strict=True)]
+
+    zeros = [
+        jnp.zeros((geometry.num_samples(stack), *table.shape[1:]), table.dtype)
+        for stack, table in zip(geometry.stacks, tables, strict=True)
+    ]
+    return _in_rounds(outgoing, axis, zeros, one_round)
+
+
+def _received_at(slots: jax.Array, one: _Outgoing, starts: jax.Array, rows: jax.Array) -> jax.Array:
+    """For each entry the place where its row was received, -1 where it was not in this round.
+
+    Args:
+        slots: int32[n], places in the list of rows, or -1.
+        one: that list.
+        starts: int32[num_devices], where this round starts in the list.
+        rows: int32[num_devices, size], what was asked for.
+    """
+    counts = jnp.sum(rows != INT32_MAX, axis=1, dtype=jnp.int32)
+    owner = jnp.searchsorted(one.ends, slots, side="right", method="scan_unrolled").astype(jnp.int32)
+    owner = jnp.minimum(owner, starts.shape[0] - 1)
+    place = slots - starts[owner]
+    received = (slots >= 0) & (place >= 0) & (place < counts[owner])
+    return jnp.where(received, owner * one.size + place, -1)
+
+
+def update_exchanging(
+    packed: PreprocessedInput,
+    gradients: Sequence[jax.Array],
+    states: Sequence[tuple[jax.Array, ...]],
+    after: Sequence[jax.Array],
+    geometry: Geometry,
+    axis: Any,
+    step: int | jax.Array | None = None,
+    limits: Sequence[RowLimits] | None = None,
+) -> list[tuple[jax.Array, ...]]:
+    """Updates the rows that a batch touched, each once, on the devices that own them.
+
+    Args:
+        packed: one device's part of a batch.
+        gradients: float32[samples, dim] of each stack, shaped like its activations.
+        states: table and slots of each stack, of this device; see `update_stacks`.
+        after: see `update_stacks`.
+        geometry: static; each stack has its optimizer.
+        axis: name of the mesh axis that the rows are spread over, or a tuple of names.
+        step: for schedules and for optimizers that need it.
+        limits: of each stack, static: what the new rows of its table are clipped to.
+
+    Returns:
+        New table and slots of each stack.
+    """
+    sums = row_gradients(packed, gradients, [state[0].shape[0] for state in states], geometry)
+    # What is sent waits for the lookup.
+    orders = [opaque_zero(array) if array.size else jnp.int32(0) for array in after] or [jnp.int32(0)] * len(sums)
+    outgoing = [
+        _Outgoing(one.rows, one.ends + order, rows_per_round(stack, geometry))
+        for one, order, stack in zip(sums, orders, geometry.stacks, strict=True)
+    ]
+
+    def one_round(states, places, rows):
+        asked = _to_owners(jnp.concatenate(rows, axis=1), axis)
+        wanted, received, start = [], [], 0
+        for one, to, place in zip(sums, outgoing, places, strict=True):
+            wanted.append(asked[:, start : start + to.size].reshape(-1))
+            start += to.size
+            sent = _to_owners(one.gradients.at[place].get(mode="fill", fill_value=0), axis)
+            received.append(sent.reshape(-1, *sent.shape[2:]))
+        return apply_rows(wanted, received, states, (), geometry, step, limits)
+
+    return _in_rounds(outgoing, axis, [tuple(state) for state in states], one_round)
