@@ -324,6 +324,25 @@ def test_stacks_and_features():
         jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(results[0]), jax.tree.leaves(other))
 
 
+@pytest.mark.parametrize("sparsecores", [2, 4])
+def test_the_primitives_stack_as_the_functions_do(sparsecores):
+    features = features_of()
+    embedding.auto_stack_tables(features, 1, sparsecores)
+    rng = np.random.default_rng(0)
+    sizes = {name: (spec.total_sample_count, spec.stack_embedding_dim) for name, spec in specs_of(features).items()}
+    by_stack = {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+    unstack = functools.partial(embedding.unstack_embedding_activations, by_stack, features, 1, sparsecores)
+    plain, bound = unstack(), unstack(use_activation_unstack_primitive=True)
+    widths = jax.tree.map(lambda array: array.shape[-1], plain)
+    jax.tree.map(lambda a, b, width: np.testing.assert_array_equal(a, b[:, :width]), plain, bound, widths)
+    stack = functools.partial(embedding.stack_embedding_gradients, plain, features, sparsecores, 1)
+    jax.tree.map(np.testing.assert_array_equal, stack(), stack(use_gradient_stacking_primitive=True))
+
+
+def specs_of(features):
+    return embedding.get_stacked_table_specs(features)
+
+
 def test_bad_lookups_and_updates():
     features = stacked(features_of())
     variables = initialized(features)

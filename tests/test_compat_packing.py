@@ -75,6 +75,13 @@ def test_whole_buffers():
     assert (rows[others] == constants.PADDING_VALUE).all()
     assert (samples[others] == constants.PADDING_VALUE).all()
     assert np.isnan(gains[others]).all()
+    # Rows of one length, which NumPy makes one object array of.
+    rows_of_one = np.array([np.array([5]), np.array([3]), np.array([2]), np.array([1])], dtype=object)
+    assert rows_of_one.ndim == 2
+    objects = pack(rows_of_one, np.ones((4, 1), object), FourDevices, **arguments)
+    jax.tree.map(
+        np.testing.assert_array_equal, objects, pack([[5], [3], [2], [1]], [[1.0]] * 4, FourDevices, **arguments)
+    )
     # Minibatches follow one another, SparseCore by SparseCore.
     pointers, rows, _, _ = pack([ids, ids], [ones, ones], FourDevices, enable_minibatching=True, **arguments)
     ends = pointers.reshape(4, 2, 16)[..., :2]

@@ -481,6 +481,11 @@ def _primitive(name: str) -> Any:
     return getattr(importlib.import_module(f"{_PRIMITIVES}.{name}"), f"tpu_{name}_primitive")
 
 
+def _sparsecores_parameter(sparsecores: int) -> dict[str, int]:
+    """What the stacking primitives are told beside the reference's parameters, where shapes do not tell it."""
+    return {} if sparsecores == utils.num_sparsecores_per_device() else {"num_sparsecores_per_device": sparsecores}
+
+
 def unstack_embedding_activations(
     activations: Mapping[str, jax.Array],
     feature_specs: Any,
@@ -513,6 +518,7 @@ def unstack_embedding_activations(
                     _placement.sample_count(feature) // global_device_count for _, feature in stack.features
                 ),
                 per_feature_dims=tuple(feature.table_spec.embedding_dim for _, feature in stack.features),
+                **_sparsecores_parameter(num_sc_per_device),
             )
         else:
             parts[name] = _matmul.unstack(stack, activations[name], global_device_count, num_sc_per_device)
@@ -621,6 +627,7 @@ def stack_embedding_gradients(
             *_matmul.prepare_gradients(stack, gradients),
             stacked_batch_size=stack.sample_count // global_device_count,
             stacked_feature_dim=stack.spec.stack_embedding_dim,
+            **_sparsecores_parameter(num_sc_per_device),
         )
     return stacked
 
