@@ -376,6 +376,7 @@ const FfiHandler kFfiHandlers[] = {
     {"embax_apply_rows", kApplyRows},
     {"embax_distinct_rows", &EmbaxDistinctRows},
     {"embax_row_gradients", &EmbaxRowGradients},
+    {"embax_take_rows", &EmbaxTakeRows},
     {"embax_pack", &EmbaxPack},
     {"embax_fill", kFill},
     {nullptr, nullptr},

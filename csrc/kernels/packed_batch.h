@@ -140,14 +140,13 @@ struct Columns {
     }
   }
 
-  bool SameShape(const Columns& other) const { return rows == other.rows && columns == other.columns; }
-
- private:
   static Columns Of(const ffi::AnyBuffer& buffer) {
     const auto shape = buffer.dimensions();
     if (buffer.element_type() != ffi::F32 || shape.size() < 1 || shape.size() > 2) return {};
     return {static_cast<float*>(buffer.untyped_data()), shape[0], shape.size() == 2 ? shape[1] : 1};
   }
+
+  bool SameShape(const Columns& other) const { return rows == other.rows && columns == other.columns; }
 };
 
 }  // namespace embax

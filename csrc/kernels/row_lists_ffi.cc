@@ -206,7 +206,41 @@ ffi::Error RowGradients(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids
   });
 }
 
+// result[i] = array[places[i]], and 0 where there is no such row.
+ffi::Error TakeRows(ffi::ThreadPool threads, ffi::AnyBuffer array, Int32s places, ffi::Result<ffi::AnyBuffer> result) {
+  constexpr int64_t kRowsPerTask = 1024, kAhead = 8, kCacheLine = 64;
+  const Columns from = Columns::Of(array), to = Columns::Of(*result);
+  const int64_t count = places.element_count(), columns = from.columns;
+  if (from.data == nullptr || to.data == nullptr || to.rows != count || to.columns != columns) {
+    return Invalid("take_rows: the array, the places and the result do not match");
+  }
+  const int32_t* wanted = places.typed_data();
+  const auto exists = [&](int64_t i) { return wanted[i] >= 0 && wanted[i] < from.rows; };
+  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(float));
+  return RunTasks(threads, (count + kRowsPerTask - 1) / kRowsPerTask, count * row_bytes, [&](int64_t task) {
+    const int64_t end = std::min(count, (task + 1) * kRowsPerTask);
+    for (int64_t i = task * kRowsPerTask; i < end; ++i) {
+      if (i + kAhead < end && exists(i + kAhead)) {
+        const char* ahead = reinterpret_cast<const char*>(from.data + wanted[i + kAhead] * columns);
+        for (int64_t byte = 0; byte < row_bytes; byte += kCacheLine) __builtin_prefetch(ahead + byte, 0, 3);
+      }
+      if (exists(i)) {
+        std::copy_n(from.data + wanted[i] * columns, columns, to.data + i * columns);
+      } else {
+        std::fill_n(to.data + i * columns, columns, 0.0f);
+      }
+    }
+  });
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxTakeRows, Guarded<TakeRows>::Run,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Int32s>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxDistinctRows, Guarded<DistinctRows>::Run,
                               ffi::Ffi::Bind()

@@ -18,7 +18,7 @@ from embax._checks import INT32_MAX, next_multiple
 from embax._ops.gain_gradients import gain_gradients
 from embax._ops.geometry import Geometry, StackGeometry
 from embax._ops.lookup import lookup_stacks, quantize
-from embax._ops.row_sums import RowSums, distinct_rows, group, row_gradients, sum_groups
+from embax._ops.row_sums import RowSums, distinct_rows, group, row_gradients, sum_groups, take_rows
 from embax._ops.row_update import RowLimits
 from embax._ops.update import apply_rows, opaque_zero
 from embax._ops.varying import as_varying
@@ -43,13 +43,6 @@ def _round_sizes(geometry: Geometry) -> list[int]:
     return [rows_per_round(stack, geometry.num_devices, geometry.sparsecores_per_device) for stack in geometry.stacks]
 
 
-def _take(array: jax.Array, places: jax.Array, fill_value: int) -> jax.Array:
-    """`array[places]`, and `fill_value` where there is no such place; also of an array that has none at all."""
-    if array.shape[0] == 0:
-        return jnp.full((*places.shape, *array.shape[1:]), fill_value, array.dtype)
-    return array.at[places].get(mode="fill", fill_value=fill_value)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Outgoing:
     """The rows of one stack that a device names, by owner.
@@ -69,6 +62,12 @@ class _Outgoing:
         """int32[num_devices]: where the rows of each owner begin."""
         return jnp.concatenate([jnp.zeros(1, jnp.int32), self.ends[:-1]])
 
+    def _at(self, places: jax.Array) -> jax.Array:
+        """The rows at these places, `INT32_MAX` where there are none; also of a list without places."""
+        if self.rows.shape[0] == 0:
+            return jnp.full(places.shape, INT32_MAX, jnp.int32)
+        return self.rows.at[places].get(mode="fill", fill_value=INT32_MAX)
+
     def window(self, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The next `size` places of each owner's rows, int32[num_devices, size], and which of them hold rows."""
         places = starts[:, None] + jnp.arange(self.size, dtype=jnp.int32)[None]
@@ -77,7 +76,7 @@ class _Outgoing:
     def bound(self, starts: jax.Array) -> jax.Array:
         """int32[num_devices]: the first row that does not fit into a round, `INT32_MAX` where all fit."""
         last = starts + self.size
-        return jnp.where(last < self.ends, _take(self.rows, last, INT32_MAX), INT32_MAX)
+        return jnp.where(last < self.ends, self._at(last), INT32_MAX)
 
     def round(self, starts: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The rows of a round that ends at `bound`.
@@ -87,7 +86,7 @@ class _Outgoing:
             round starts, int32[num_devices].
         """
         places, exist = self.window(starts)
-        rows = jnp.where(exist, _take(self.rows, places, INT32_MAX), INT32_MAX)
+        rows = jnp.where(exist, self._at(places), INT32_MAX)
         taken = rows < bound[:, None]
         return places, jnp.where(taken, rows, INT32_MAX), starts + jnp.sum(taken, axis=1, dtype=jnp.int32)
 
@@ -184,7 +183,7 @@ def _sum_over_rounds(
         for stack, table, one, place, asking in zip(geometry.stacks, tables, outgoing, places, rows, strict=True):
             wanted = asked[:, start : start + one.size]
             start += one.size
-            values = _take(table, wanted, 0)
+            values = take_rows(table, wanted)
             received = _to_owners(quantize(values, stack.quantization), axis)
             found.append(received.reshape(-1, *table.shape[1:]))
             own = jax.lax.slice_in_dim(slots, stack.entries_start, stack.entries_start + stack.capacity)
@@ -278,7 +277,7 @@ def _sent_gradients(
     for one, to, place in zip(sums, outgoing, places, strict=True):
         wanted.append(asked[:, start : start + to.size].reshape(-1))
         start += to.size
-        sent = _to_owners(_take(one.gradients, place, 0), axis)
+        sent = _to_owners(take_rows(one.gradients, place), axis)
         received.append(sent.reshape(-1, *sent.shape[2:]))
     return wanted, received
 

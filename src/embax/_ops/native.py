@@ -212,3 +212,10 @@ def row_gradients(
         shapes += [jax.ShapeDtypeStruct((size,), np.int32) for size in (stack.capacity, geometry.num_devices)]
         shapes.append(jax.ShapeDtypeStruct((stack.capacity, *gradient.shape[1:]), np.float32))
     return _lists("embax_row_gradients", [*packed, *gradients], shapes, geometry, num_rows)
+
+
+def take_rows(array: jax.Array, places: jax.Array) -> jax.Array:
+    """`take_rows_p` on CPU."""
+    register()
+    shape = jax.ShapeDtypeStruct((places.shape[0], *array.shape[1:]), array.dtype)
+    return jax.ffi.ffi_call("embax_take_rows", shape)(array, places)

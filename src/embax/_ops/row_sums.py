@@ -199,3 +199,32 @@ distinct_rows_p = define(
     derivative="It has integers alone.",
     batching="Make one larger batch instead.",
 )
+
+
+def take_rows(array: jax.Array, places: jax.Array) -> jax.Array:
+    """Rows of an array, 0 where there is no such row.
+
+    Args:
+        array: float32[rows, dim] or float32[rows].
+        places: int32 array of any shape.
+
+    Returns:
+        float32[*places.shape, dim], or float32[*places.shape].
+    """
+    (rows,) = bind(take_rows_p, array, places.reshape(-1))
+    return rows.reshape(*places.shape, *array.shape[1:])
+
+
+def _portable_take_rows(array: jax.Array, places: jax.Array) -> list[jax.Array]:
+    if array.shape[0] == 0:  # JAX takes nothing of an array that has nothing.
+        return [jnp.zeros((places.shape[0], *array.shape[1:]), array.dtype)]
+    return [array.at[jnp.where(places < 0, INT32_MAX, places)].get(mode="fill", fill_value=0)]
+
+
+take_rows_p = define(
+    "embax_take_rows",
+    lambda array, places: [_shape(array, (*places.shape, *array.shape[1:]), array.dtype)],
+    {"native": lambda array, places: [native.take_rows(array, places)], "portable": _portable_take_rows},
+    derivative="Differentiate what is computed from the rows.",
+    batching="Take all rows in one call.",
+)
