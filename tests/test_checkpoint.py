@@ -15,12 +15,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 import embax
-from embax import checkpoint
+from embax import _blocks, checkpoint
 from embax._matmul import read_rows
 from embax._stacking.layout import take_table
 from embax._stacking.plan import make_plan
 from embax._variables import EmbeddingVariables
-from embax.checkpoint import CheckpointError, _directory, _format, _load, _orbax, _save, _tables
+from embax.checkpoint import CheckpointError, _directory, _format, _load, _orbax, _save
 
 SIZES = {"movie": (137, 5), "user/é": (101, 16)}
 
@@ -156,9 +156,9 @@ def test_padding_is_zero(saved, specs):
 
 
 def test_tables_larger_than_a_block(tmp_path, specs, variables, monkeypatch):
-    monkeypatch.setattr(_tables, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(_blocks, "BLOCK_BYTES", 700)
     checkpoint.save(tmp_path / "c", variables, specs=specs)
-    monkeypatch.setattr(_tables, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(_blocks, "BLOCK_BYTES", 1000)
     assert_same(logical(checkpoint.load(tmp_path / "c", specs=specs)[0], specs), logical(variables, specs))
 
 

@@ -150,14 +150,19 @@ class Shell:
         self._num_local = 1 if self.mesh is None else self.mesh.num_local_devices
         if self._num_local == 0:
             raise ValueError("No device of the mesh is of this process; make a mesh of devices of all processes.")
-        everything_here = self._num_local == num_devices
+        self._alone = alone = self.mesh is None or self.mesh.processes.alone
+        if limits == "grow" and not alone:
+            raise ValueError(
+                f'{layer}: limits="grow" with devices of several processes: processes whose buffers grow on their own compile '
+                'different programs and hang. Use limits="raise", and embax.update_preprocessing_parameters to set the limits.'
+            )
         self._packing: dict[str, Any] = {
-            "limits": ("grow" if everything_here else "raise") if limits is None else limits,
+            "limits": ("grow" if alone else "raise") if limits is None else limits,
             "validation": validation,
             "num_local_devices": self._num_local,
             "enable_minibatching": enable_minibatching,
         }
-        all_reduce = None if everything_here or not enable_minibatching else DistributedAllReduce()
+        all_reduce = None if alone or not enable_minibatching else DistributedAllReduce()
         self._packer = Packer(self.specs, **self._packing, all_reduce=all_reduce)
         self._agreeing: tuple[AllReduceInterface, Packer] | None = None
         self._in_flight = StepsInFlight()
@@ -181,14 +186,34 @@ class Shell:
         batch_number: int | None = None,
         all_reduce: AllReduceInterface | None = None,
     ) -> PreprocessedInput:
-        """A packed batch, on the devices of the mesh if there is one; traced ids are packed where they are traced."""
+        """A packed batch, on the devices of the mesh if there is one; traced ids are packed where they are traced.
+
+        Instead of ids it takes what `pack_ahead` returned.
+        """
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((ids, weights))):
             return self._pack_traced(ids, weights)
-        packer = self._packer if all_reduce is None else self._packer_with(all_reduce)
-        packed = packer(ids, weights, batch_number=batch_number)
-        if self.mesh is None or inside_shard_map():
+        packed: Any = ids
+        if not isinstance(ids, PreprocessedInput | Exception):
+            packer = self._packer if all_reduce is None else self._packer_with(all_reduce)
+            packed = self._result_of(packer, ids, weights, batch_number)
+        if self.mesh is None or isinstance(getattr(packed, "gains", None), jax.Array) or inside_shard_map():
             return packed
         return self.mesh.place(packed)
+
+    def pack_ahead(self, ids: Any, weights: Any = None) -> PreprocessedInput | Exception:
+        """What `pack` does without the other processes: with some, the batch is on no device yet, and an error is returned."""
+        return self.pack(ids, weights) if self._alone else self._result_of(self._packer, ids, weights, None)
+
+    def _result_of(
+        self, packer: Packer, ids: Any, weights: Any, batch_number: int | None
+    ) -> PreprocessedInput | Exception:
+        """The packed batch, or the error where other processes must get to know it."""
+        try:
+            return packer(ids, weights, batch_number=batch_number)
+        except Exception as error:
+            if self._alone:
+                raise
+            return error
 
     def _packer_with(self, all_reduce: AllReduceInterface) -> Packer:
         if not self._packing["enable_minibatching"]:
