@@ -128,9 +128,7 @@ class Linen:
             return linen_embed.apply_updates_for_sc_model(params, updates), state, value
 
         self.jitted_step = step
-        self.jitted_call = jax.jit(
-            lambda params, inputs, weights: layer.apply({"params": params}, inputs, weights=weights)
-        )
+        self.jitted_call = jax.jit(lambda params, inputs, weights: layer.apply({"params": params}, inputs, weights=weights))
 
     def _smallest(self, specs):
         devices = self.layer.num_shards
@@ -221,7 +219,4 @@ def test_any_mesh_trains_like_one_device(kind, mesh):
     rows = layer.rows("shared", [[3, 59]])
     np.testing.assert_array_equal(rows[0], logical(layer)["shared"][0][[3, 59]])
     for array in jax.tree.leaves(layer.variables):
-        assert (
-            array.sharding.shard_shape(array.shape)[0]
-            == array.shape[0] // layer.specs["a"].table_spec.stacked_table_spec.num_devices
-        )
+        assert array.sharding.shard_shape(array.shape)[0] == array.shape[0] // layer.specs["a"].table_spec.stacked_table_spec.num_devices

@@ -100,8 +100,8 @@ def load(
 
     Returns:
         The `EmbeddingVariables` of each stack, float32[stack_vocab_size, stack_embedding_dim] arrays on the default
-        device, or with their rows sharded over the mesh, with zeros as padding; and `extra` as it was saved, with NumPy arrays where the template has such, and
-        JAX arrays with the template's sharding elsewhere. None without a template.
+        device, or with their rows sharded over the mesh, with zeros as padding; and `extra` as it was saved, with NumPy
+        arrays where the template has such, and JAX arrays with the template's sharding elsewhere. None without a template.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.

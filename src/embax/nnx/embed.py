@@ -172,8 +172,8 @@ class SparseCoreEmbed(nnx.Module):
         """What packs for this layer ahead of the steps, in any thread: `packer(ids, weights)`.
 
         Pass what it returns to `preprocess` in the main thread. On one process that is the batch as `preprocess` returns it; on
-        several, which put batches on the devices together, a batch that is on none yet, or the exception that packing raised. Take
-        this once, ahead of the steps: while `nnx.jit` updates a model, its attributes are missing for moments.
+        several, which put batches on the devices together, a batch that is on none yet, or the exception that packing raised.
+        Take this once, ahead of the steps: while `nnx.jit` updates a model, its attributes are missing for moments.
         """
         return self._shell.pack_ahead
 
