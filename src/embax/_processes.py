@@ -52,8 +52,7 @@ def _gathering(devices: tuple[Device, ...]):
     mesh = jax.sharding.Mesh(np.array(devices), "processes")
     everywhere = jax.sharding.NamedSharding(mesh, jax.P())
     gather = jax.jit(lambda rows: rows, out_shardings=everywhere)
-    here = next(device for device in devices if device.process_index == jax.process_index())
-    return gather, jax.sharding.NamedSharding(mesh, jax.P("processes")), here
+    return gather, jax.sharding.NamedSharding(mesh, jax.P("processes"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +88,8 @@ class Processes:
                 f"Thread {threading.current_thread().name!r} would run a collective operation. Processes must run these in one "
                 "order, so only the main thread may."
             )
-        gather, sharding, here = _gathering(self.devices)
-        rows = jax.device_put(row[None], here)
-        rows = jax.make_array_from_single_device_arrays((len(self.devices), *row.shape), sharding, [rows])
+        gather, sharding = _gathering(self.devices)
+        rows = jax.make_array_from_process_local_data(sharding, row[None], (len(self.devices), *row.shape))
         try:
             return np.asarray(gather(rows).addressable_data(0))
         except Exception as error:
