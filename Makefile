@@ -27,13 +27,17 @@ SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
   $(shell find src csrc -name __pycache__ -prune -o -path csrc/tests -prune -o -print)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-versions test-native test-reference reference test-gpu test-tpu fuzz bench bench-packing prove-in-place lint format clean
+.PHONY: help demo examples test test-versions test-native test-reference reference test-gpu test-tpu fuzz bench bench-packing bench-scale prove-in-place lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.embax $(VENV)/.demo ## Train the click-through example and write its report to demo_output/
 	$(BIN)/python -m examples.ctr --out demo_output
+
+examples: $(VENV)/.embax $(VENV)/.demo ## Train the retrieval and the next-word example
+	$(BIN)/python -m examples.retrieval
+	$(BIN)/python -m examples.next_word
 
 test: $(VENV)/.embax $(VENV)/.test ## Run all tests against the installed wheel (PYTEST_ARGS="-k name" selects)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -66,6 +70,9 @@ bench: $(VENV)/.embax $(VENV)/.test ## Run the benchmarks
 
 bench-packing: reference ## Time packing beside the released reference
 	$(REFERENCE)/bin/python -m benchmarks.packing
+
+bench-scale: $(VENV)/.embax $(VENV)/.test ## Compute what steps on up to 1,024 devices exchange and hold
+	$(BIN)/python -m benchmarks.scale
 
 prove-in-place: $(VENV)/.embax $(VENV)/.test ## Prove that a step's memory does not depend on the vocabulary
 	$(BIN)/python benchmarks/prove_in_place.py

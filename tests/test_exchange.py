@@ -156,15 +156,12 @@ def test_rows_of_one_owner_go_in_rounds(sources):
     found, tables, packed, _ = train(optimizers, num_devices, 1, batches, vocabulary=20_000)
     check_equal((found, tables), wanted)
     (stack,) = packed.layout.stacks
-    topology = types.SimpleNamespace(num_devices=num_devices, sparsecores_per_device=1)
-    assert rows_per_round(stack, topology) < 3 * per_device  # So that two rounds are needed at least.
+    assert rows_per_round(stack, num_devices, 1) < 3 * per_device  # So that two rounds are needed at least.
 
 
 def test_a_round_is_sized_by_the_batch():
     def size(**fields):
-        return rows_per_round(
-            types.SimpleNamespace(**fields), types.SimpleNamespace(num_devices=8, sparsecores_per_device=4)
-        )
+        return rows_per_round(types.SimpleNamespace(**fields), num_devices=8, sparsecores_per_device=4)
 
     assert size(capacity=8000, max_unique_ids_per_partition=1000) == 1168  # 1000 + 5 sqrt(1000), and some more
     assert size(capacity=8000, max_unique_ids_per_partition=10) == 160  # 16 pairs of SparseCores send 10 each.

@@ -269,5 +269,6 @@ def test_drawing_needs_memory_for_a_chunk_only():
             chunk_rows=rows,
             dim=dim,
             num_sparsecores=1,
+            here=1,
         ).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 32 << 20

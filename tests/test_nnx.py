@@ -236,9 +236,7 @@ def test_split_merge_clone_and_eval_shape():
 def test_rows_and_bad_calls():
     model = Model()
     assert model.embed.rows("shared", [3, 4]).shape == (2, DIM)
-    with pytest.raises(
-        ValueError, match=r"SparseCoreEmbed was called with dict; it takes a packed batch: call embed.embed.preprocess"
-    ):
+    with pytest.raises(ValueError, match=r"ids\['b'\] is missing"):
         model.embed({"a": np.zeros((BATCH, 3), np.int32)})
     with pytest.raises(ValueError, match="Feature 'a'.*id 60"):
         model.embed.preprocess({"a": np.array([[60]]), "b": np.array([[1]]), "c": np.array([[1]])})

@@ -390,12 +390,6 @@ def test_trees_of_another_structure(tree, text):
 
 
 def test_traced_ids(specs, good):
-    with pytest.raises(ValueError, match=r"Feature 'watched': its ids are traced by JAX.*call it outside jit"):
-        jax.jit(lambda ids: preprocess({"watched": ids, "liked": good}, specs=specs))(good)
-    with pytest.raises(ValueError, match=r"Feature 'watched': its weights are traced by JAX"):
-        jax.jit(lambda w: preprocess({"watched": good, "liked": good}, {"watched": w, "liked": None}, specs=specs))(
-            good
-        )
     with pytest.raises(ValueError, match=r"Feature 'watched', sample 0: its ids are traced by JAX"):
         jax.jit(lambda ids: preprocess({"watched": [ids], "liked": good}, specs=specs))(good[0])
 
@@ -607,7 +601,7 @@ class TestNativeArguments:
             _native.write_batch(batch, np.array([placement]), **arrays, **options)
 
         write()
-        write(minibatches=True, pointers=512)
+        write(minibatches=True, pointers=8)  # Of one minibatch.
         bad = (
             {"placement": (0, 0, 7)},
             {"placement": (0, 1, 8)},
@@ -620,8 +614,7 @@ class TestNativeArguments:
             {"entries": 7},
             {"devices": 0},
             {"devices": 2},
-            {"minibatches": True},  # Which need 64 times the row pointers.
-            {"minibatches": True, "pointers": 511},
+            {"minibatches": True, "pointers": 7},
             {"samples": np.zeros(9, np.int32)},
         )
         for changes in bad:

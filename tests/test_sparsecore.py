@@ -341,6 +341,7 @@ def test_several_devices_inside_shard_map(check_vma):
     assert "all_to_all" in str(exchanging)
 
 
+@pytest.mark.filterwarnings("ignore:.*SparseCores cannot run:embax.SlowPathWarning")
 def test_other_optimizers_exchange_rows_on_several_devices():
     specs, variables = place(embax.RowWiseAdagradOptimizerSpec(0.1), num_devices=4)
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

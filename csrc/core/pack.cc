@@ -355,7 +355,7 @@ void SortedBatch::WriteTask(const Task& task, int64_t number, int64_t start, Pac
 bool SortedBatch::Write(const std::vector<PackPlacement>& placements, const PackArrays& arrays, PackLayout layout,
                         int64_t threads) const {
   if (placements.size() != stacks_.size() || (layout == PackLayout::kShares && num_minibatches_ != 1)) return false;
-  const int64_t segments = sparsecores_per_device_ * (layout == PackLayout::kShares ? 1 : kBuckets);
+  const int64_t segments = sparsecores_per_device_ * num_minibatches_;
   const int64_t num_pointers = segments * std::max(num_sparsecores_, kMinRowPointers);
   int64_t pointers_end = 0, entries_end = 0;
   for (const PackPlacement& placement : placements) {

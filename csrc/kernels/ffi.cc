@@ -14,9 +14,9 @@
 #include <sys/mman.h>
 #endif
 
+#include "core/keys.h"
 #include "core/parallel.h"
 #include "core/radix_sort.h"
-#include "core/keys.h"
 #include "kernels/ffi_common.h"
 #include "kernels/packed_batch.h"
 #include "kernels/rows.h"
@@ -376,6 +376,7 @@ const FfiHandler kFfiHandlers[] = {
     {"embax_apply_rows", kApplyRows},
     {"embax_distinct_rows", &EmbaxDistinctRows},
     {"embax_row_gradients", &EmbaxRowGradients},
+    {"embax_pack", &EmbaxPack},
     {"embax_fill", kFill},
     {nullptr, nullptr},
 };

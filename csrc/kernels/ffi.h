@@ -8,6 +8,7 @@ namespace embax {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(EmbaxDistinctRows);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(EmbaxRowGradients);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(EmbaxPack);
 
 struct FfiHandler {
   const char* name;

@@ -80,7 +80,7 @@ struct Stage {
         layout(problem.plan.layout) {}
 
   bool shared() const { return layout == PackLayout::kMinibatches; }
-  int64_t PointersOfStack() const { return sparsecores * (shared() ? kBuckets : 1) * pointers; }
+  int64_t PointersOfStack() const { return sparsecores * minibatches * pointers; }
   int64_t MinibatchOf(int64_t column) const { return minibatches == 1 ? 0 : minibatch_of.at(column); }
 
   // The entries that one stack must have on a device.

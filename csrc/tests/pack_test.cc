@@ -335,6 +335,21 @@ void TestDroppingIntoAnyCapacity() {
   }
 }
 
+// One minibatch needs row pointers of one, as packing inside jit has them.
+void TestOneMinibatchNeedsNoRoomForOthers() {
+  std::vector<int32_t> ids;
+  for (int32_t i = 0; i < 40; ++i) ids.push_back(i);
+  const auto batch = SortedBatch::New();
+  EXPECT(batch->Sort(RequestOf(ids, 40), 1).fault == PackFault::kNone);
+  for (const int64_t room : {7, 8, 9}) {
+    std::vector<int32_t> pointers(room), rows(64), samples(64);
+    std::vector<float> gains(64);
+    const embax::PackArrays arrays = {pointers.data(), rows.data(), samples.data(), gains.data(), room, 64};
+    EXPECT(batch->Write({{0, 0, 64}}, arrays, embax::PackLayout::kMinibatches, 1) == (room >= 8));
+    EXPECT(pointers[0] == (room >= 8 ? 10 : 0));
+  }
+}
+
 void TestTrustedIdsDisplaceNoOthers() {
   Random random(0);
   for (int round = 0; round < 200; ++round) {
@@ -497,6 +512,7 @@ int main() {
   TestAgainstPlainCode();
   TestMinibatchesAndDropping();
   TestDroppingIntoAnyCapacity();
+  TestOneMinibatchNeedsNoRoomForOthers();
   TestTrustedIdsDisplaceNoOthers();
   TestFaults();
   TestRowSplitsOfAnyValue();

@@ -24,7 +24,8 @@ def rows_by_number(function: Callable[..., jax.Array], array: jax.Array, *others
     if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
         return function(array, *others)
     out = jax.sharding.NamedSharding(sharding.mesh, sharding.spec if writes else jax.P())
-    return jax.sharding.auto_axes(function, out_sharding=out)(array, *others)
+    on_auto_axes: Any = jax.sharding.auto_axes(function, out_sharding=out)
+    return on_auto_axes(array, *others)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "columns", "num_sparsecores", "everywhere"))

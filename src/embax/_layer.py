@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from embax._checks import boolean
@@ -60,11 +61,14 @@ def float32_variables(variables: Any) -> Any:
 
 def known_lookups(lookups: Any) -> float:
     """The number of differentiated lookups of the last step, 0 where it is not known without waiting."""
-    if not isinstance(lookups, jax.Array) or isinstance(lookups, Tracer):
+    if (
+        isinstance(lookups, Tracer)
+        or lookups.is_deleted()
+        or not lookups.is_ready()
+        or not lookups.is_fully_addressable
+    ):
         return 0
-    if lookups.is_deleted() or not lookups.is_ready() or not lookups.is_fully_addressable:
-        return 0
-    return float(lookups.max())
+    return float(np.asarray(lookups).max())
 
 
 def refuse_several(lookups: Any) -> None:
@@ -258,15 +262,14 @@ class Shell:
         if several and not isinstance(result, Tracer) and not result.is_deleted():
             self._in_flight(jnp.copy(result))  # The result itself will be donated.
 
-    def lookup(
-        self, variables: Any, lookups: jax.Array, inputs: Any, weights: Any, step: Any
-    ) -> tuple[Any, jax.Array | None]:
+    def lookup(self, variables: Any, lookups: jax.Array, inputs: Any, weights: Any, step: Any) -> tuple[Any, Any]:
         """Activations in the structure of the specs, and the ids that were not valid, of each feature, if they were counted."""
         if not isinstance(inputs, PreprocessedInput):
             inputs = self.pack(inputs, weights)
         elif weights is not None:
             raise ValueError(f"{self.layer}: weights come with ids; a packed batch has them in it already.")
-        features = lookup_and_update(self.settings, float32_variables(variables), lookups, inputs, step)
+        batch = inputs.replace(invalid_ids=None)
+        features: Any = lookup_and_update(self.settings, float32_variables(variables), lookups, batch, step)
         if self.dtype is not None:
             features = [activations.astype(self.dtype) for activations in features]
-        return jax.tree.unflatten(self.structure, features), getattr(inputs, "invalid_ids", None)
+        return jax.tree.unflatten(self.structure, features), inputs.invalid_ids

@@ -2,7 +2,8 @@
 
 Its backward pass updates the tables: the "gradient" of the variables that it returns *is the new variables*. So a step may
 look a table up once only, and what is done to gradients behind the backward pass (scaling, clipping, averaging) must leave
-those of tables out. What scales the loss scales the gradients that the table's optimizer sees.
+those of tables out. What scales the loss scales the gradients that the table's optimizer sees. The gains of the batch have
+gradients as any array has, so that those of sample weights that were packed inside jit follow.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from embax._matmul import lookup_features, update_features
+from embax._matmul import gain_gradients_of_features, lookup_features, update_features
 from embax._mesh import TableMesh, on_devices
 from embax._ops.row_update import RowLimits
 from embax._preprocess.buffers import PreprocessedInput
@@ -102,7 +103,7 @@ def lookup_and_update(
         variables: table and slots of each stack; their cotangent is the new table and slots, of frozen stacks the old.
         lookups: float32 array of any shape; its cotangent is 1, so that a sum of several cotangents, or none, can be told. It
             is 0 where all stacks are frozen.
-        packed: the packed batch.
+        packed: the packed batch; its gains are differentiable.
         step: for schedules and for optimizers that need it.
     """
     del lookups, step
@@ -110,9 +111,48 @@ def lookup_and_update(
 
 
 def _forward(settings, variables, lookups, packed, step):
-    _note_differentiated(variables, settings)
+    perturbed = functools.partial(jax.tree.reduce, lambda found, leaf: found or leaf.perturbed, initializer=False)
+    updates, of_gains = perturbed((variables, lookups)), perturbed(packed)
+    variables, lookups, packed, step = jax.tree.map(lambda leaf: leaf.value, (variables, lookups, packed, step))
+    if updates:
+        _note_differentiated(variables, settings)
     features, stacked = _lookup(settings, variables, packed)
-    return features, (variables, lookups, packed, step, stacked)
+    return features, (variables, lookups, packed, step, stacked, _flag(updates), _flag(of_gains))
+
+
+def _flag(value: bool) -> tuple[()] | None:
+    """A bool as a tree without leaves, so that it stays static among residuals."""
+    return () if value else None
+
+
+def _instantiated(cotangent: Any) -> jax.Array:
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        shape: Any = cotangent.shape
+        return jnp.zeros(shape, jnp.float32)
+    return cotangent
+
+
+def _gain_gradients(
+    settings: LookupSettings,
+    gradients: list[jax.Array],
+    packed: PreprocessedInput,
+    variables: dict[str, Any],
+    stacked: list[jax.Array],
+) -> tuple[jax.Array, list[jax.Array]]:
+    """The gradient with respect to the gains, and of each stack an array that is known when its rows have been read."""
+
+    def products_of(gradients, packed, variables, stacked):
+        products = gain_gradients_of_features(gradients, packed, variables, settings.plan, settings.axis_name)
+        after = [
+            read[:1, :1].reshape(-1) + product[:1] if read.size and product.size else read
+            for read, product in zip(stacked, products, strict=True)
+        ]
+        return jnp.concatenate(products).reshape(packed.gains.shape), after
+
+    if settings.mesh is not None:
+        spec = settings.mesh.leading
+        products_of = on_devices(settings.mesh, products_of, (spec, spec, spec, spec), spec)
+    return products_of(gradients, packed, variables, stacked)
 
 
 def update_of(
@@ -149,9 +189,15 @@ def update_of(
 
 
 def _backward(settings, residuals, gradients):
-    variables, lookups, packed, step, stacked = residuals
-    new = update_of(settings, gradients, packed, variables, step, stacked)
-    return new, jnp.full_like(lookups, 0.0 if settings.all_frozen else 1.0), None, None
+    variables, lookups, packed, step, stacked, updates, of_gains = residuals
+    gradients = list(map(_instantiated, gradients))
+    new, of_packed, after = None, None, stacked
+    if of_gains is not None:
+        gains, after = _gain_gradients(settings, gradients, packed, variables, stacked)
+        of_packed = jax.tree.map(lambda _: None, packed).replace(gains=gains)
+    if updates is not None:
+        new = update_of(settings, gradients, packed, variables, step, after)
+    return new, jnp.full_like(lookups, 0.0 if settings.all_frozen else 1.0), of_packed, None
 
 
-lookup_and_update.defvjp(_forward, _backward)
+lookup_and_update.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from embax._blocks import rows_by_number
 from embax._checks import boolean, is_finite_number
-from embax._ops.across_devices import lookup_across, update_across
+from embax._ops.across_devices import gain_gradients_across, lookup_across, update_across
 from embax._ops.geometry import axis_of, inside_shard_map, make_geometry
 from embax._ops.row_update import NO_LIMITS, RowLimits
 from embax._ops.unstack import stack_gradients, unstack_activations
@@ -140,6 +140,19 @@ def lookup_features(
         parts = unstack_activations(activations, stack, placed, packed.layout)
         features.update(zip((feature.leaf for feature in stack.features), parts, strict=True))
     return [features[leaf] for leaf in range(plan.num_features)], list(stacked)
+
+
+def gain_gradients_of_features(
+    gradients: Sequence[jax.Array],
+    packed: PreprocessedInput,
+    variables: Mapping[str, EmbeddingVariables],
+    plan: Plan,
+    axis_name: Any = None,
+) -> list[jax.Array]:
+    """float32[capacity] of each stack, see `gain_gradients`, from the gradients of each feature's activations."""
+    tables = [jax.tree.leaves(variables[stack.name])[0] for stack in plan.stacks]
+    stacked, axis = stacked_gradients(gradients, packed, plan, range(len(plan.stacks))), axis_of(plan, axis_name)
+    return gain_gradients_across(stacked, packed, tables, make_geometry(plan, packed), axis)
 
 
 def update_features(

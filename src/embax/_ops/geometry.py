@@ -139,7 +139,7 @@ def _check_arrays(packed: PreprocessedInput) -> None:
         ("embedding_ids", entries, jnp.int32),
         ("sample_ids", entries, jnp.int32),
         ("gains", entries, jnp.float32),
-        ("num_minibatches", 1 if layout.minibatched else None, jnp.int32),
+        ("num_minibatches", 1 if layout.max_minibatches > 1 else None, jnp.int32),
     ):
         array = getattr(packed, name)
         if size is None and array is None:
@@ -193,9 +193,10 @@ def _check_layout(layout: PackedLayout, plan: Plan) -> None:
     share = PARTITION_ALIGNMENT * plan.num_sparsecores_per_device
     sound = len(batch_sizes) == plan.num_features and all(0 <= size <= INT32_MAX for size in batch_sizes.values())
     sound = sound and all(0 <= s.capacity <= INT32_MAX and s.capacity % share == 0 for s in layout.stacks)
+    sound = sound and layout.max_minibatches in (0, 1, MAX_MINIBATCHES)
     if sound:
         sizes = tuple(batch_sizes[leaf] for leaf in range(plan.num_features))
-        sound = make_layout(plan, sizes, limits, layout.num_local_devices, layout.minibatched) == layout
+        sound = make_layout(plan, sizes, limits, layout.num_local_devices, layout.max_minibatches) == layout
     if not sound:
         raise ValueError(
             "The layout of the packed batch contradicts itself; pass on what embax.preprocess returned as it is."
@@ -236,7 +237,7 @@ def make_geometry(plan: Plan, packed: PreprocessedInput) -> Geometry:
             for planned, stack in zip(plan.stacks, layout.stacks, strict=True)
         ),
         num_sparsecores=plan.num_sparsecores,
-        max_minibatches=MAX_MINIBATCHES if layout.minibatched else 0,
+        max_minibatches=layout.max_minibatches,
         num_devices=plan.num_devices,
     )
 

@@ -68,7 +68,7 @@ def _sparsecore(*operands, geometry: Geometry) -> list[jax.Array]:
     activations: list[jax.Array] = []
     for table, stack in zip(operands[5:], geometry.stacks, strict=True):
         one = dataclasses.replace(geometry, stacks=(stack,))
-        if not geometry.gathered and sparsecore.holds(stack, table):
+        if sparsecore.holds(stack, table) and not geometry.gathered:
             activations += sparsecore.lookup(operands[:5], [table], one)
         else:
             activations += _portable(*operands[:5], table, geometry=one)

@@ -32,12 +32,12 @@ def entries_of(
         minibatches = jnp.clip(num_minibatches[0], 1, geometry.max_minibatches)
         # What lies behind the last segment was not written.
         ends = jnp.where((segment < local * minibatches)[:, None], ends, stack.capacity)
-        starts = jnp.concatenate([jnp.zeros(1, jnp.int32), _aligned(ends[:-1, -1])])
+        starts = jnp.concatenate([jnp.zeros(1, jnp.int32), aligned(ends[:-1, -1])])
     else:
         minibatches = 1
         starts = segment * (stack.capacity // local)
         ends = ends + starts[:, None]
-    begins = jnp.concatenate([starts[:, None], _aligned(ends[:, :-1])], axis=1).reshape(-1)
+    begins = jnp.concatenate([starts[:, None], aligned(ends[:, :-1])], axis=1).reshape(-1)
     position = jnp.arange(stack.capacity, dtype=jnp.int32)
     place = count_up_to(begins, position) - 1
     partition, sparsecore = place % num, place // num // minibatches
@@ -57,7 +57,8 @@ def count_up_to(ascending: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.searchsorted(ascending, values, side="right", method="scan_unrolled").astype(jnp.int32)
 
 
-def _aligned(ends: jax.Array) -> jax.Array:
+def aligned(ends: jax.Array) -> jax.Array:
+    """Ends, or counts, of partitions, rounded up to where the next one may begin."""
     return (ends + (PARTITION_ALIGNMENT - 1)) // PARTITION_ALIGNMENT * PARTITION_ALIGNMENT
 
 

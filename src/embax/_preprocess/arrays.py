@@ -45,8 +45,9 @@ def host(owner: str, leaf: Any, what: str) -> Any:
         return leaf
     if isinstance(leaf, Tracer):
         raise ValueError(
-            f"{owner}: its {what} are traced by JAX. Packing runs on the host: call it outside jit, and pass its "
-            "result into the jitted function."
+            f"{owner}: its {what} are traced by JAX. Packing takes traced ids as one integer array [batch, valency] in which -1 "
+            "is padding, or as embax.Ragged(values, row_splits) of two arrays, and weights of their form; or call it outside "
+            "jit, and pass its result into the jitted function."
         )
     if not leaf.is_fully_addressable:
         raise ValueError(

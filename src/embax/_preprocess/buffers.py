@@ -30,9 +30,9 @@ def row_pointers_per_segment(num_sparsecores: int) -> int:
     return max(num_sparsecores, 8)
 
 
-def row_pointers_per_device(sparsecores_per_device: int, num_sparsecores: int, minibatched: bool) -> int:
+def row_pointers_per_device(sparsecores_per_device: int, num_sparsecores: int, max_minibatches: int) -> int:
     """Row pointers of a stack on one device."""
-    segments = sparsecores_per_device * (MAX_MINIBATCHES if minibatched else 1)
+    segments = sparsecores_per_device * max(max_minibatches, 1)
     return segments * row_pointers_per_segment(num_sparsecores)
 
 
@@ -63,7 +63,7 @@ class StackLayout:
         num_rows: rows of the stack, all devices together.
         combiner: combiner that the gains were made by.
         features: its features and their placement, in the order of the plan.
-        row_pointers_start: its first row pointer; it has `S * max(N, 8)` of them, 64 times as many with minibatches.
+        row_pointers_start: its first row pointer; it has `S * max(N, 8)` of them, times `max_minibatches` of the layout.
         entries_start: its first entry (id, sample, gain).
         capacity: its entries, a multiple of `8 * S`; each of the `S` SparseCores owns an equal part.
         batch_sizes: samples of each of its features on a device, in the order of the plan.
@@ -91,15 +91,16 @@ class StackLayout:
 class PackedLayout:
     """The static layout of a packed batch: what compiled code knows about it beside the shapes of its arrays.
 
-    Where it is `minibatched`, the entries of a stack on a device lie SparseCore by SparseCore, and there minibatch by
-    minibatch, one after another; row pointers count from the start of the stack.
+    `max_minibatches` is 0, 1 or 64. Where it is 0, each SparseCore owns an equal share of a stack on a device. Else the layout
+    is `minibatched`: the entries lie SparseCore by SparseCore, and there minibatch by minibatch, one after another, and row
+    pointers count from the start of the stack.
     """
 
     stacks: tuple[StackLayout, ...]
     num_local_devices: int
     num_devices: int
     num_sparsecores_per_device: int
-    minibatched: bool = False
+    max_minibatches: int = 0
 
     def __hash__(self) -> int:
         return self._hash
@@ -107,12 +108,17 @@ class PackedLayout:
     @functools.cached_property
     def _hash(self) -> int:
         # jit hashes the layout at every call.
-        fields = (self.num_local_devices, self.num_devices, self.num_sparsecores_per_device, self.minibatched)
+        fields = (self.num_local_devices, self.num_devices, self.num_sparsecores_per_device, self.max_minibatches)
         return hash((self.stacks, fields))
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process hashes strings otherwise.
         return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
+    @property
+    def minibatched(self) -> bool:
+        """Whether the SparseCores' entries follow one another, minibatch by minibatch."""
+        return self.max_minibatches > 0
 
     @property
     def num_sparsecores(self) -> int:
@@ -122,7 +128,7 @@ class PackedLayout:
     @property
     def row_pointers_per_device(self) -> int:
         """Row pointers of one device, all stacks together."""
-        per_stack = row_pointers_per_device(self.num_sparsecores_per_device, self.num_sparsecores, self.minibatched)
+        per_stack = row_pointers_per_device(self.num_sparsecores_per_device, self.num_sparsecores, self.max_minibatches)
         return len(self.stacks) * per_stack
 
     @property
@@ -136,7 +142,7 @@ def make_layout(
     batch_sizes: tuple[int, ...],
     limits: np.ndarray,
     num_local_devices: int = 1,
-    minibatched: bool = False,
+    max_minibatches: int = 0,
 ) -> PackedLayout:
     """Lays the stacks of `plan` out one after another.
 
@@ -145,9 +151,9 @@ def make_layout(
         batch_sizes: samples of each feature on a device, in the order of the feature leaves.
         limits: int64[stacks, 3], see `limits.py`; the entries of a device are multiples of `8 * S`.
         num_local_devices: devices of this process.
-        minibatched: whether there may be several minibatches.
+        max_minibatches: see `PackedLayout`.
     """
-    per_stack = row_pointers_per_device(plan.num_sparsecores_per_device, plan.num_sparsecores, minibatched)
+    per_stack = row_pointers_per_device(plan.num_sparsecores_per_device, plan.num_sparsecores, max_minibatches)
     stacks, entries_start = [], 0
     for number, (stack, (max_ids, max_unique_ids, capacity)) in enumerate(
         zip(plan.stacks, limits.tolist(), strict=True)
@@ -168,7 +174,7 @@ def make_layout(
         )
         entries_start += capacity
     return PackedLayout(
-        tuple(stacks), num_local_devices, plan.num_devices, plan.num_sparsecores_per_device, minibatched
+        tuple(stacks), num_local_devices, plan.num_devices, plan.num_sparsecores_per_device, max_minibatches
     )
 
 
@@ -211,7 +217,9 @@ class PreprocessedInput:
         sample_ids: int32, like `embedding_ids`: the sample on the SparseCore that looks it up.
         gains: float32, like `embedding_ids`: the factor that the row enters the sample with.
         layout: static.
-        num_minibatches: None, or where `layout.minibatched` the number of minibatches: int32[L] of equal values.
+        num_minibatches: None, or where there may be several the number of minibatches: int32[L] of equal values.
+        invalid_ids: None, or of a batch that was packed inside jit int32[features], in the order of the feature leaves: ids
+            that were left out since they, their weights or their row splits are not valid.
         stats: what packing counted; None once the batch has gone through a JAX transformation.
     """
 
@@ -221,6 +229,7 @@ class PreprocessedInput:
     gains: jax.Array | np.ndarray
     layout: PackedLayout
     num_minibatches: jax.Array | np.ndarray | None = None
+    invalid_ids: jax.Array | np.ndarray | None = None
     stats: SparseDenseMatmulInputStats | None = None
 
     def replace(self, **changes: Any) -> "PreprocessedInput":
@@ -228,12 +237,11 @@ class PreprocessedInput:
         return dataclasses.replace(self, **changes)
 
 
-_ARRAYS = ("row_pointers", "embedding_ids", "sample_ids", "gains", "num_minibatches")
+_ARRAYS = ("row_pointers", "embedding_ids", "sample_ids", "gains", "num_minibatches", "invalid_ids")
 
 
 def _flatten(packed: PreprocessedInput):
-    arrays = (packed.row_pointers, packed.embedding_ids, packed.sample_ids, packed.gains, packed.num_minibatches)
-    return arrays, packed.layout
+    return tuple(getattr(packed, name) for name in _ARRAYS), packed.layout
 
 
 def _flatten_with_keys(packed: PreprocessedInput):
@@ -242,7 +250,8 @@ def _flatten_with_keys(packed: PreprocessedInput):
 
 
 def _unflatten(layout: PackedLayout, arrays) -> PreprocessedInput:
-    return PreprocessedInput(*arrays[:4], layout=layout, num_minibatches=arrays[4])
+    row_pointers, embedding_ids, sample_ids, gains, num_minibatches, invalid_ids = arrays
+    return PreprocessedInput(row_pointers, embedding_ids, sample_ids, gains, layout, num_minibatches, invalid_ids)
 
 
 jax.tree_util.register_pytree_with_keys(PreprocessedInput, _flatten_with_keys, _unflatten, _flatten)

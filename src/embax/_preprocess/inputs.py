@@ -175,6 +175,19 @@ def _rows(owner: str, rows: Any, what: str) -> tuple[np.ndarray, np.ndarray, np.
     return values, splits, np.concatenate([array.astype(object) for array in arrays]) if wide else None
 
 
+def dense_shape(feature: FeaturePlan, given: tuple[int, ...]) -> tuple[int, int]:
+    """[batch, valency] of dense ids of a shape, which may be [batch] where the feature has one id a sample."""
+    if len(given) == 1 and feature.valency in (None, 1):
+        return (given[0], 1)
+    if len(given) != 2:
+        hint = f" (A 1-d array is taken where input_shape has one id a sample; here it has {feature.valency}.)"
+        raise ValueError(
+            f"Feature {feature.name!r}: its ids have shape {given}; they must have 2 dimensions, [batch, valency]. {ALLOWED}"
+            f"{hint if len(given) == 1 else ' Reshape them.'}"
+        )
+    return (given[0], given[1])
+
+
 def _read_ids(feature: FeaturePlan, leaf: Any) -> FlatFeature:
     owner = f"Feature {feature.name!r}"
     if isinstance(leaf, Ragged):
@@ -199,14 +212,7 @@ def _read_ids(feature: FeaturePlan, leaf: Any) -> FlatFeature:
     if not isinstance(leaf, np.ndarray):
         raise ValueError(f"{owner}: its ids are {describe(leaf)}. {ALLOWED}")
     ids = integers(owner, leaf)
-    if ids.ndim == 1 and feature.valency in (None, 1):
-        ids = ids.reshape(-1, 1)
-    if ids.ndim != 2:
-        hint = f" (A 1-d array is taken where input_shape has one id a sample; here it has {feature.valency}.)"
-        raise ValueError(
-            f"{owner}: its ids have shape {leaf.shape}; they must have 2 dimensions, [batch, valency]. {ALLOWED}"
-            f"{hint if ids.ndim == 1 else ' Reshape them.'}"
-        )
+    ids = ids.reshape(dense_shape(feature, leaf.shape))
     return FlatFeature(ids, None, None, ids.shape[0], too_wide(leaf))
 
 

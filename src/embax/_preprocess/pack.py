@@ -1,4 +1,4 @@
-"""Packs the ids of a batch on the host."""
+"""Packs the ids of a batch: on the host, or inside jit."""
 
 from typing import Any
 
@@ -59,7 +59,9 @@ def preprocess(
     all_reduce: AllReduceInterface | None = None,
     batch_number: int | None = None,
 ) -> PreprocessedInput:
-    """Packs a batch of ids on the host: partitions them by the SparseCore that owns their rows, sorts, merges, pads.
+    """Packs a batch of ids: partitions them by the SparseCore that owns their rows, sorts, merges, pads.
+
+    On the host; where some ids or weights are traced by JAX, inside the jitted step, with room for all ids.
 
     An id of a sample enters it with a gain: its weight `w` for combiner "sum", `w / sum(w)` for "mean" and
     `w / sqrt(sum(w^2))` for "sqrtn", with sums over the ids of the sample (in float32, one after another, squares not
@@ -92,8 +94,15 @@ def preprocess(
         batch_number: names the batch among the hosts, the same on all of them; None counts the batches that were packed with
             `all_reduce`, which all hosts must then pack in one order.
 
+    Inside jit traced ids are one integer array, dense or `[batch]`, or an `embax.Ragged` of two arrays, of whose values those
+    behind the last row split are not used, so that batches of other lengths compile nothing anew. Traced weights are an array
+    or `embax.Ragged` of their form, and may be differentiated (see `docs/packing.md`). The batch is one device's, and may have
+    any size; inside `jax.shard_map` it is this device's part. All other arguments but `specs` mean nothing there: no id is
+    lost to a limit, and ids, weights and row splits that are not valid contribute nothing and are counted in `invalid_ids`.
+
     Returns:
-        The packed batch, in NumPy arrays that nothing else refers to, with its statistics.
+        The packed batch, in NumPy arrays that nothing else refers to, with its statistics; inside jit in traced arrays, without
+        statistics, with `invalid_ids`, int32[features] in the order of the feature leaves.
 
     Raises:
         ValueError: the specs are not placed; a tree has another structure; ids are not integers, or outside of their

@@ -1,6 +1,7 @@
 """What packs batch after batch of one placement of the specs."""
 
 import contextlib
+import itertools
 import operator
 import os
 from collections.abc import Mapping
@@ -11,13 +12,22 @@ import numpy as np
 
 from embax import _native
 from embax._checks import INT32_MAX, boolean, positive_int
+from embax._ops.pack import pack_traced
 from embax._preprocess.all_reduce import AllReduceInterface
-from embax._preprocess.buffers import PackedLayout, PreprocessedInput, array_shapes, empty_arrays, make_layout
+from embax._preprocess.buffers import (
+    MAX_MINIBATCHES,
+    PackedLayout,
+    PreprocessedInput,
+    array_shapes,
+    empty_arrays,
+    make_layout,
+)
 from embax._preprocess.faults import Fault, fault_error
 from embax._preprocess.inputs import FlatFeature, flatten_like, read_feature
 from embax._preprocess.limits import Counts, DroppingLimits, FixedLimits, GrowingLimits, Limits
 from embax._preprocess.minibatch import Agreement
 from embax._preprocess.stats import SparseDenseMatmulInputStats
+from embax._preprocess.traced import is_traced
 from embax._specs import COMBINERS
 from embax._stacking.plan import Plan, make_plan, sample_count
 
@@ -145,7 +155,7 @@ class Packer:
         self._layouts: dict[Any, tuple[PackedLayout, np.ndarray]] = {}
 
     def __call__(self, ids: Any, weights: Any = None, *, batch_number: int | None = None) -> PreprocessedInput:
-        """Packs one batch; arguments, result and errors are those of `embax.preprocess`."""
+        """Packs one batch, also inside jit; arguments, result and errors are those of `embax.preprocess`."""
         try:
             return self._pack(ids, weights, batch_number)
         except MemoryError as error:
@@ -162,15 +172,23 @@ class Packer:
         threads = num_threads()
         if batch_number is not None:
             batch_number = _checked_batch_number(batch_number)
+        try:
+            leaves = self._leaves(ids, weights)
+        except Exception:
+            if self.enable_minibatching:
+                Agreement(self._all_reduce, batch_number).fail()
+            raise
+        if any(map(is_traced, itertools.chain(*leaves))):
+            return pack_traced(self.plan, self._features, *leaves)
         if not self.enable_minibatching:
-            batch, batch_sizes = self._sort(ids, weights, threads)
+            batch, batch_sizes = self._sort(*leaves, threads)
             counts = Counts.of(batch, len(self._names))
             if problem := self._limits.problem(counts):
                 raise problem
             return self._finish(batch, batch_sizes, counts, None, self._limits.fit(counts), threads)
         agreement = Agreement(self._all_reduce, batch_number)
         try:
-            batch, batch_sizes = self._sort(ids, weights, threads)
+            batch, batch_sizes = self._sort(*leaves, threads)
         except Exception:
             agreement.fail()
             raise
@@ -199,15 +217,17 @@ class Packer:
             ]
         return PreprocessedInput(*shapes[:4], layout, *shapes[4:])
 
-    def _sort(self, ids: Any, weights: Any, threads: int) -> tuple[_native.SortedBatch, tuple[int, ...]]:
+    def _leaves(self, ids: Any, weights: Any) -> tuple[list[Any], list[Any]]:
+        """The ids and the weights of each feature."""
+        of_ids = flatten_like(self._skeleton, self._treedef, ids, "ids")
+        if weights is None:
+            return of_ids, [None] * len(of_ids)
+        return of_ids, flatten_like(self._skeleton, self._treedef, weights, "weights")
+
+    def _sort(self, ids: list[Any], weights: list[Any], threads: int) -> tuple[_native.SortedBatch, tuple[int, ...]]:
         """The sorted batch, and the samples of each feature on a device."""
         plan = self.plan
-        ids_leaves = flatten_like(self._skeleton, self._treedef, ids, "ids")
-        if weights is None:
-            weights_leaves = [None] * len(ids_leaves)
-        else:
-            weights_leaves = flatten_like(self._skeleton, self._treedef, weights, "weights")
-        leaves = list(map(read_feature, self._features, ids_leaves, weights_leaves))
+        leaves = list(map(read_feature, self._features, ids, weights))
         batch_sizes = self._batch_sizes(leaves)
         batch = _native.sort_batch(
             [leaf.ids for leaf in leaves],
@@ -287,7 +307,8 @@ class Packer:
         key = (batch_sizes, limits.tobytes())
         known = self._layouts.get(key)
         if known is None:
-            layout = make_layout(self.plan, batch_sizes, limits, self.num_local_devices, self.enable_minibatching)
+            max_minibatches = MAX_MINIBATCHES if self.enable_minibatching else 0
+            layout = make_layout(self.plan, batch_sizes, limits, self.num_local_devices, max_minibatches)
             _check_capacities(layout)
             placements = np.array([(s.row_pointers_start, s.entries_start, s.capacity) for s in layout.stacks])
             if len(self._layouts) >= _MAX_KEPT:

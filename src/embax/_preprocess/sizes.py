@@ -3,7 +3,7 @@
 from typing import Any
 
 from embax._checks import positive_int
-from embax._preprocess.buffers import row_pointers_per_device, suggested_capacity, theoretical_capacity
+from embax._preprocess.buffers import MAX_MINIBATCHES, row_pointers_per_device, suggested_capacity, theoretical_capacity
 from embax._stacking.plan import make_plan
 from embax._topology import num_sparsecores_per_device
 
@@ -30,7 +30,7 @@ def compute_row_pointers_size_per_device(
         ValueError: a count is not a positive integer.
     """
     sparsecores, total = _topology("compute_row_pointers_size_per_device", global_device_count, num_sc_per_device)
-    return row_pointers_per_device(sparsecores, total, enable_minibatching)
+    return row_pointers_per_device(sparsecores, total, MAX_MINIBATCHES if enable_minibatching else 0)
 
 
 def compute_theoretical_max_coo_buffer_size(

@@ -188,8 +188,7 @@ class SparseCoreEmbed(nn.Module):
         """
         if isinstance(step, jax.Array):
             self._shell.wait(step)
-        numbered = self.enable_minibatching and step is not None
-        batch_number = int(step) if numbered else None
+        batch_number = int(step) if self.enable_minibatching and step is not None else None
         return self._shell.pack(features, features_weights, batch_number=batch_number, all_reduce=all_reduce_interface)
 
     def __call__(self, inputs: Any, step: int | jax.Array | None = None, *, weights: Any = None) -> Any:
@@ -212,8 +211,8 @@ class SparseCoreEmbed(nn.Module):
             ValueError: the batch was packed for other specs, an id or a weight is not valid, or a schedule needs `step`.
         """
         box = self._parameter()
-        boxed = isinstance(box, WithSparseCoreLayout) and box.lookups is not None
-        lookups = box.lookups if boxed else jnp.zeros((1, 1), jnp.float32)
+        boxed = isinstance(box, WithSparseCoreLayout)
+        lookups: Any = box.lookups if boxed else jnp.zeros((1, 1), jnp.float32)
         refuse_several(lookups)
         activations, invalid_ids = self._shell.lookup(_unboxed(box), lookups, inputs, weights, step)
         if invalid_ids is not None:
@@ -259,8 +258,9 @@ class SparseCoreEmbed(nn.Module):
         return _with_tables(params, lambda old: write_rows(old, table, ids, values, specs=self._shell.specs))
 
     def load(self, params: Any, tables: Mapping[str, Any]) -> Any:
-        """The layer's parameters with given weights in the place of whole tables, see `embax.load_tables`, which takes over the
-        old ones. The module need not be bound.
+        """The layer's parameters with given weights in the place of whole tables. The module need not be bound.
+
+        The tables of `params` are donated: use the result only, see `embax.load_tables`.
 
         Args:
             params: the parameters of this layer, a dict that holds "sc_embedding_variables".

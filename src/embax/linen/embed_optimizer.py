@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 try:
     import optax
@@ -63,7 +64,7 @@ def apply_updates_for_sc_model(params: Any, updates: Any) -> Any:
     def apply(path, old, new):
         if _is_box(old):
             lookups = new.lookups
-            if old.mesh is not None and isinstance(lookups, jax.core.Tracer):
+            if old.mesh is not None and isinstance(lookups, Tracer):
                 # Sharded as it was, so that the next step does not compile again.
                 lookups = jax.jit(lambda array: array, out_shardings=old.get_sharding(old.mesh).lookups)(lookups)
             return old.replace(value=chosen(new.lookups, new.value, old.value), lookups=lookups)

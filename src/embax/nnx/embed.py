@@ -139,7 +139,7 @@ class SparseCoreEmbed(nnx.Module):
     ):
         if not isinstance(rngs, nnx.Rngs):
             raise ValueError(f"SparseCoreEmbed: rngs is {rngs!r}; pass rngs=nnx.Rngs(seed).")
-        options = {
+        options: dict[str, Any] = {
             "mesh": mesh,
             "sharding_axis": sharding_axis,
             "table_sharding_strategy": table_sharding_strategy,
@@ -245,7 +245,7 @@ class SparseCoreEmbed(nnx.Module):
 
         The tables are the same arrays: a step of this layer that donates them deletes them for the other one too.
         """
-        options = self._options | {"frozen": True, "skip_nonfinite": False}
+        options: dict[str, Any] = self._options | {"frozen": True, "skip_nonfinite": False}
         # Of an abstract layer, so that no table is drawn.
         layer = nnx.eval_shape(lambda: type(self)(self._shell.specs, rngs=nnx.Rngs(0), **options))
         layer.embedding_table.set_value(without_slots(self.embedding_table.get_value()))
