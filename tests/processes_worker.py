@@ -50,10 +50,11 @@ def draw(names, number):
     return ids, rng.standard_normal((BATCH, DIM)).astype(np.float32)
 
 
-def mine(tree):
-    """The part of a batch that this process feeds."""
-    size = BATCH // jax.process_count()
-    return jax.tree.map(lambda leaf: leaf[size * jax.process_index() :][:size], tree)
+def mine(tree, parts=None):
+    """The part of a batch that this process feeds; several feed the same where there are fewer parts than processes."""
+    parts = parts or jax.process_count()
+    size = BATCH // parts
+    return jax.tree.map(lambda leaf: leaf[size * (jax.process_index() % parts) :][:size], tree)
 
 
 def whole(tree):
@@ -66,11 +67,20 @@ def whole(tree):
     )
 
 
-def global_mesh():
+def global_mesh(replicas=1):
     """All devices of all processes; None where there is one process, which uses one device."""
     if jax.process_count() == 1:
         return None
-    return jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    devices = np.array(jax.devices()).reshape(replicas, -1)
+    return (
+        jax.sharding.Mesh(devices[0], "devices")
+        if replicas == 1
+        else jax.sharding.Mesh(devices, ("replicas", "devices"))
+    )
+
+
+def num_devices(mesh):
+    return 1 if mesh is None else mesh.shape["devices"]
 
 
 class Functional:
@@ -78,7 +88,7 @@ class Functional:
 
     def __init__(self, names=("adagrad", "adam", "row_wise")):
         self.names, self.mesh = names, global_mesh()
-        self.specs = embax.prepare_feature_specs_for_training(make_specs(names), jax.process_count(), 2)
+        self.specs = embax.prepare_feature_specs_for_training(make_specs(names), num_devices(self.mesh), 2)
         self.variables = embax.init_embedding_variables(jax.random.key(1), self.specs, mesh=self.mesh)
 
         def step(variables, packed, number):
@@ -133,7 +143,7 @@ class Nnx:
                     make_specs(names, **limits),
                     rngs=nnx.Rngs(0),
                     mesh=mesh,
-                    num_sc_per_device=4 // jax.process_count(),
+                    num_sc_per_device=4 // num_devices(mesh),
                     enable_minibatching=True,
                     limits="raise",
                 )
@@ -184,14 +194,23 @@ class Linen:
     names = ("adam",)
 
     def __init__(self):
-        self.mesh = mesh = global_mesh()
-        self.layer = layer = linen_embed.SparseCoreEmbed(make_specs(self.names), mesh=mesh, num_sc_per_device=2)
-        smallest = layer.preprocess({name: np.zeros((1, 1), np.int32) for name in self.names})
+        # Four processes hold the tables twice.
+        replicas = 2 if jax.process_count() == 4 else 1
+        self.mesh = mesh = global_mesh(replicas)
+        self.parts = jax.process_count() // replicas
+        axis = None if mesh is None else "devices"
+        self.layer = layer = linen_embed.SparseCoreEmbed(make_specs(self.names), axis, mesh, num_sc_per_device=2)
+        smallest = layer.preprocess({name: np.zeros((2, 1), np.int32) for name in self.names})
         self.params = {**layer.init(jax.random.key(0), smallest)["params"], "bias": jnp.zeros(DIM)}
         if mesh is not None:
             self.params = jax.device_put(self.params, nn.get_sharding(self.params, mesh))
         optimizer = linen_embed.create_optimizer_for_sc_model(self.params, optax.sgd(0.1, momentum=0.9))
         self.state = optimizer.init(self.params)
+        self.key, self.sharded = jax.random.key(3), jnp.arange(8.0)
+        if mesh is not None:
+            place = functools.partial(jax.sharding.NamedSharding, mesh)
+            self.key = jax.jit(lambda: jax.random.key(3), out_shardings=place(jax.P()))()
+            self.sharded = jax.jit(lambda: jnp.arange(8.0), out_shardings=place(jax.P("devices")))()
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(params, state, packed, targets, number):
@@ -209,14 +228,14 @@ class Linen:
         """Trains; the last loss."""
         for number in numbers:
             ids, targets = draw(self.names, number)
-            packed = self.layer.preprocess(mine(ids))
-            targets = on_devices(self.mesh, targets)
+            packed = self.layer.preprocess(mine(ids, self.parts))
+            targets = on_devices(self.mesh, targets, self.parts)
             self.params, self.state, loss = self.stepped(self.params, self.state, packed, targets, jnp.int32(number))
         return [loss]
 
     def _parts(self):
         dense = dict(self.params)
-        return dense.pop("sc_embedding_variables"), (dense, self.state)
+        return dense.pop("sc_embedding_variables"), (dense, self.state, self.key, self.sharded)
 
     def save(self, path):
         box, extra = self._parts()
@@ -224,21 +243,26 @@ class Linen:
 
     def load(self, path):
         box, extra = self._parts()
-        tables, (dense, self.state) = checkpoint.load(path, specs=self.layer.placed_specs, extra=extra, mesh=self.mesh)
+        axis = None if self.mesh is None else "devices"
+        tables, (dense, self.state, self.key, self.sharded) = checkpoint.load(
+            path, specs=self.layer.placed_specs, extra=extra, mesh=self.mesh, sharding_axis=axis
+        )
         self.params = {**dense, "sc_embedding_variables": box.replace(value=tables)}
 
     def tables(self):
-        box, (dense, _) = self._parts()
-        return {**oracle.tables_of(whole(box.value), self.layer.placed_specs), "bias": [whole(dense["bias"])]}
+        box, (dense, _, key, sharded) = self._parts()
+        rest = whole([dense["bias"], jax.random.key_data(key), sharded])
+        return {**oracle.tables_of(whole(box.value), self.layer.placed_specs), "rest": rest}
 
 
 KINDS = {"functional": Functional, "nnx": Nnx, "linen": Linen}
 
 
-def on_devices(mesh, targets):
+def on_devices(mesh, targets, parts=None):
     if mesh is None:
         return targets
-    return jax.make_array_from_process_local_data(jax.sharding.NamedSharding(mesh, jax.P("devices")), mine(targets))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("devices"))
+    return jax.make_array_from_process_local_data(sharding, mine(targets, parts), targets.shape)
 
 
 def attempt(function, *args: Any, **options: Any) -> str:
@@ -260,13 +284,13 @@ def mistakes(folder: Path) -> dict[str, str]:
         return ids if first else ids | others
 
     texts = {}
-    texts["size"] = attempt(layer.preprocess, changed(ids, adam=ids["adam"][:-1]))
+    texts["size"] = attempt(layer.preprocess, changed(ids, adam=ids["adam"][:-2]))
     texts["bad id"] = attempt(layer.preprocess, changed(ids, adam=ids["adam"] - 9))
     texts["missing"] = attempt(layer.preprocess, ids if first else None)
 
     def place(limit):
         specs = make_specs(("adam",), max_ids_per_partition=limit)
-        embax.prepare_feature_specs_for_training(specs, 2, 1)
+        embax.prepare_feature_specs_for_training(specs, num_devices(mesh), 1)
         try:
             packed = embax.preprocess({"adam": ids["adam"]}, specs=specs)
         except ValueError as error:
@@ -290,9 +314,14 @@ def mistakes(folder: Path) -> dict[str, str]:
 
     minibatched = linen_embed.SparseCoreEmbed(make_specs(), mesh=mesh, enable_minibatching=True)
     texts["minibatches, bad id"] = attempt(minibatched.preprocess, changed(ids, adam=ids["adam"] - 9))
-    texts["minibatches, size"] = attempt(minibatched.preprocess, changed(ids, adam=ids["adam"][:-1]))
+    texts["minibatches, size"] = attempt(minibatched.preprocess, changed(ids, adam=ids["adam"][:-2]))
     texts["out of step"] = attempt(layer.preprocess if first else minibatched.preprocess, ids)
     texts["afterwards"] = attempt(layer.preprocess, ids)
+
+    model = Nnx()
+    lookups = model.model.embed.lookups
+    lookups.set_value(2 * jax.jit(jnp.ones_like)(lookups.get_value()))  # As a step with two leaves it.
+    texts["looked up twice"] = attempt(model.model.embed.preprocess, mine(draw(Nnx.names, 0)[0]))
 
     model = Functional(("adagrad",))
     write, written = _save.write_arrays, []
@@ -352,7 +381,8 @@ def resume(folder: Path) -> None:
 
 
 def main(coordinator: str, processes: int, process: int, what: str, folder: str) -> None:
-    jax.config.update("jax_num_cpu_devices", 1)
+    devices = 2 if processes == 2 else 1
+    jax.config.update("jax_num_cpu_devices", devices)
     jax.distributed.initialize(
         coordinator,
         processes,
@@ -361,7 +391,7 @@ def main(coordinator: str, processes: int, process: int, what: str, folder: str)
         heartbeat_timeout_seconds=10,
         shutdown_timeout_seconds=10,
     )
-    assert (jax.process_count(), jax.local_device_count()) == (processes, 1)
+    assert (jax.process_count(), jax.local_device_count()) == (processes, devices)
     {"train_and_die": train_and_die, "resume": resume}[what](Path(folder))
     jax.distributed.shutdown()
 

@@ -13,6 +13,8 @@ import numpy as np
 import processes_worker as worker
 import pytest
 
+import embax
+
 PATIENCE_S = 240
 
 
@@ -141,7 +143,7 @@ def test_a_process_that_dies_ends_the_others(runs):
 
 
 SIZES = (
-    "ValueError: The batches of the processes differ in the samples a device of feature 'adam': 8 on process 0; 7 on process 1. "
+    "ValueError: The batches of the processes differ in the samples a device of feature 'adam': 4 on process 0; 3 on process 1. "
     "All must be alike. .* fill smaller ones up"
 )
 BAD_ID = "ValueError: Feature 'adam', sample .*, position .: id -.* is outside the vocabulary"
@@ -160,6 +162,7 @@ MISTAKES = {
     "grow": 2 * ('ValueError: SparseCoreEmbed: limits="grow" with devices of several processes.* Use limits="raise"',),
     "ahead": ("no error", "no error"),
     "ahead, bad id": (f"RuntimeError: Process 1 could not pack a batch: {BAD_ID}", BAD_ID),
+    "looked up twice": 2 * ("ValueError: The tables were looked up 2 times in one differentiated step",),
     "thread": 2 * ("RuntimeError: Thread 'prefetch' would run a collective operation.* only the main thread may",),
     "minibatches, bad id": ("RuntimeError: Batch .* not on another host", BAD_ID),
     "minibatches, size": (SIZES, SIZES),
@@ -182,3 +185,23 @@ def test_an_error_of_one_is_an_error_of_all(runs, mistake):
     """Process 1 does something wrong, or process 0 where it alone writes."""
     for process, wanted in enumerate(MISTAKES[mistake]):
         assert re.match(wanted, runs["mistakes"][process][mistake])
+
+
+def test_placing_a_batch_in_one_process():
+    specs = embax.prepare_feature_specs_for_training(worker.make_specs(("adam",)), 4, 2)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+    ids = worker.draw(("adam",), 0)[0]
+    packed = embax.preprocess(ids, specs=specs)
+    placed = embax.place_batch(packed, mesh, sharding_axis=("a", "b"))
+    assert placed.gains.sharding == jax.sharding.NamedSharding(mesh, jax.P(("a", "b")))
+    np.testing.assert_array_equal(placed.row_pointers, packed.row_pointers)
+    with pytest.raises(
+        ValueError, match="The batch was packed for 4 of 4 devices; the mesh has 2 of 2 in this process. Place"
+    ):
+        embax.place_batch(packed, mesh, sharding_axis="a")
+    with pytest.raises(KeyError, match="as it was"):
+        embax.place_batch(KeyError("as it was"), mesh, sharding_axis="a")
+    with pytest.raises(ValueError, match="A dict is to be put on the devices; it must be a packed batch"):
+        embax.place_batch(ids, mesh, sharding_axis="a")
+    with pytest.raises(ValueError, match="place_batch needs a mesh that has devices of this process"):
+        embax.place_batch(packed, None)

@@ -59,21 +59,21 @@ def float32_variables(variables: Any) -> Any:
     return jax.tree.map(cast, variables)
 
 
-def known_lookups(lookups: Any) -> float:
-    """The number of differentiated lookups of the last step, 0 where it is not known without waiting."""
-    if (
-        isinstance(lookups, Tracer)
-        or lookups.is_deleted()
-        or not lookups.is_ready()
-        or not lookups.is_fully_addressable
-    ):
+def known_lookups(lookups: Any, wait: bool = False) -> float:
+    """The number of differentiated lookups of the last step, 0 where it is not known without waiting.
+
+    Several processes, which would know it at different times, know it only if they wait.
+    """
+    if isinstance(lookups, Tracer) or lookups.is_deleted():
         return 0
-    return float(np.asarray(lookups).max())
+    if not wait and not (lookups.is_fully_addressable and lookups.is_ready()):
+        return 0
+    return float(np.asarray(lookups.addressable_data(0)).max())  # All are equal.
 
 
-def refuse_several(lookups: Any) -> None:
+def refuse_several(lookups: Any, wait: bool = False) -> None:
     """Raises a ValueError if the number of lookups is known, and above 1."""
-    count = known_lookups(lookups)
+    count = known_lookups(lookups, wait)
     if count > 1:
         raise ValueError(
             f"The tables were looked up {int(count)} times in one differentiated step. The backward pass of a lookup updates "
@@ -154,7 +154,7 @@ class Shell:
         self._num_local = 1 if self.mesh is None else self.mesh.num_local_devices
         if self._num_local == 0:
             raise ValueError("No device of the mesh is of this process; make a mesh of devices of all processes.")
-        self._alone = alone = self.mesh is None or self.mesh.processes.alone
+        self.alone = alone = self.mesh is None or self.mesh.processes.alone
         if limits == "grow" and not alone:
             raise ValueError(
                 f'{layer}: limits="grow" with devices of several processes: processes whose buffers grow on their own compile '
@@ -206,7 +206,7 @@ class Shell:
 
     def pack_ahead(self, ids: Any, weights: Any = None) -> PreprocessedInput | Exception:
         """What `pack` does without the other processes: with some, the batch is on no device yet, and an error is returned."""
-        return self.pack(ids, weights) if self._alone else self._result_of(self._packer, ids, weights, None)
+        return self.pack(ids, weights) if self.alone else self._result_of(self._packer, ids, weights, None)
 
     def _result_of(
         self, packer: Packer, ids: Any, weights: Any, batch_number: int | None
@@ -215,7 +215,7 @@ class Shell:
         try:
             return packer(ids, weights, batch_number=batch_number)
         except Exception as error:
-            if self._alone:
+            if self.alone:
                 raise
             return error
 

@@ -200,7 +200,12 @@ class SparseCoreEmbed(nnx.Module):
         lookups = self.lookups.get_value()
         refuse_several(lookups)
         self._shell.wait(lookups)
-        return self._shell.pack(ids, weights)
+        packed = self._shell.pack(ids, weights)
+        if not self._shell.alone:
+            refuse_several(
+                lookups, wait=True
+            )  # Processes have waited for the last step when they have compared batches.
+        return packed
 
     def __call__(self, inputs: Any, step: int | jax.Array | None = None, *, weights: Any = None) -> Any:
         """The activations of a batch.
