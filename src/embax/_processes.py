@@ -5,7 +5,7 @@ import dataclasses
 import enum
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,12 +65,12 @@ class Processes:
     devices: tuple[Device, ...]
 
     @classmethod
-    def of(cls, devices: Sequence[Device]) -> "Processes":
+    def of(cls, devices: Iterable[Device]) -> "Processes":
         """Those that have these devices."""
-        first: dict[int, Device] = {}
-        for device in devices:
+        first = {}
+        for device in sorted(devices, key=lambda device: (device.process_index, device.id)):
             first.setdefault(device.process_index, device)
-        return cls(tuple(first[process] for process in sorted(first)))
+        return cls(tuple(first.values()))
 
     @property
     def alone(self) -> bool:

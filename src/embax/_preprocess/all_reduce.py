@@ -216,7 +216,7 @@ class DistributedAllReduce(AllReduceInterface):
             return value
         # In halves, since JAX cuts 64-bit integers unless told not to.
         mine = np.array([key, value], np.uint64).view(np.uint32)
-        words = all_processes().gather(Action.REDUCE, mine)[:, :4]
+        words = all_processes().gather(Action.REDUCE, mine.tolist())[:, :4]
         every = np.ascontiguousarray(words).view(np.uint64)
         keys, values = every[:, 0].tolist(), every[:, 1]
         if len(set(keys)) > 1:
