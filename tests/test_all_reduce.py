@@ -207,7 +207,7 @@ def test_processes_get_the_or_of_all(two_processes):
 def test_processes_with_different_keys_all_get_an_error(two_processes):
     for results in two_processes:
         assert re.match(
-            rf"RuntimeError: The processes reduce different keys: {{0: 100, 1: {100 + 2**40}}} by process. .* same order",
+            rf"OutOfStepError: The processes reduce different keys: {{0: 100, 1: {100 + 2**40}}} by process. .* same order",
             results["keys differ"],
         )
         assert results["afterwards"] == 5

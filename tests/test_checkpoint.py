@@ -150,6 +150,53 @@ def test_loads_into_another_stacking_and_back(tmp_path, num_sc):
     assert_same(logical(again, apart), logical(variables, apart))
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_tables_on_several_devices(tmp_path, kind, monkeypatch):
+    """From four devices to two of a mesh of two axes, and to one."""
+    monkeypatch.setattr(_blocks, "BLOCK_BYTES", 1000)
+
+    def place(num_devices):
+        optimizers = (embax.AdagradOptimizerSpec(), embax.RowWiseAdagradOptimizerSpec())
+        tables = [table(name, optimizer=optimizer) for name, optimizer in zip(SIZES, optimizers, strict=True)]
+        return embax.prepare_feature_specs_for_training(features_of(*tables), num_devices, 2)
+
+    four, two = (
+        jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(shape), names, axis_types=(kind,) * len(names))
+        for shape, names in (((4,), ("x",)), ((2, 2), ("x", "y")))
+    )
+    on_four = jax.device_put(random_variables(place(4)), jax.sharding.NamedSharding(four, jax.P("x")))
+    wanted = logical(on_four, place(4))
+    checkpoint.save(tmp_path / "c", on_four, specs=place(4))
+    on_two, _ = checkpoint.load(tmp_path / "c", specs=place(2), mesh=two, sharding_axis="y")
+    assert_same(logical(on_two, place(2)), wanted)
+    for array in jax.tree.leaves(on_two):
+        assert {shard.data.shape[0] for shard in array.addressable_shards} == {array.shape[0] // 2}
+    checkpoint.save(tmp_path / "again", on_two, specs=place(2))
+    assert_same(logical(checkpoint.load(tmp_path / "again", specs=place(1))[0], place(1)), wanted)
+    with pytest.raises(
+        ValueError, match="The specs were placed for 1 devices, and tables are to be made on 4. Pass a mesh"
+    ):
+        checkpoint.load(tmp_path / "c", specs=place(1), mesh=four)
+
+
+def test_no_device_holds_a_whole_table():
+    """Rows go in and out of sharded tables in place, and with the memory of a block."""
+    temporary = []
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((4,), ("x",), axis_types=AUTO), jax.P("x"))
+    for vocabulary in (1 << 16, 1 << 18):
+        stacked = jax.ShapeDtypeStruct((vocabulary, 8), jnp.float32, sharding=sharding)
+        place, rows = _blocks.RowPlacement(vocabulary, 0, 0), np.zeros((512, 8), np.float32)
+        put = _blocks._put.lower(stacked, rows, np.int32(0), place, num_sparsecores=8).compile().memory_analysis()
+        assert put.alias_size_in_bytes == vocabulary * 8 * 4 // 4
+        options = {"count": 512, "columns": (8,), "num_sparsecores": 8, "everywhere": None}
+        take = _blocks._take.lower(stacked, np.int32(0), place, **options).compile().memory_analysis()
+        temporary.append((put.temp_size_in_bytes, take.temp_size_in_bytes))
+    assert temporary[0] == temporary[1]
+
+
+AUTO = (jax.sharding.AxisType.Auto,)
+
+
 def test_padding_is_zero(saved, specs):
     loaded, _ = checkpoint.load(saved, specs=specs)
     assert np.count_nonzero(loaded["movie"].slot.accumulator) == 137 * 5

@@ -6,6 +6,7 @@ from embax._matmul import apply_gradients as apply_gradients
 from embax._matmul import lookup as lookup
 from embax._matmul import read_rows as read_rows
 from embax._mesh import StepsInFlight as StepsInFlight
+from embax._mesh import place_batch as place_batch
 from embax._ops.backend import default_backend as default_backend
 from embax._ops.backend import use_backend as use_backend
 from embax._preprocess.all_reduce import AllReduceInterface as AllReduceInterface

@@ -1,7 +1,7 @@
 """One table or slot in logical order: out of its stack, and into it, a block of rows at a time."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,7 +10,6 @@ import numpy as np
 
 from embax._stacking.layout import of_table, physical_rows, take_table
 from embax._stacking.plan import RowPlacement, TablePlan
-from embax._variables import _fill
 
 BLOCK_BYTES = 64 << 20
 """Bytes of a block: what the conversion needs beside the array in logical order."""
@@ -29,7 +28,7 @@ def rows_by_number(function: Callable[..., jax.Array], array: jax.Array, *others
     return on_auto_axes(array, *others)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "columns", "num_sparsecores"))
+@functools.partial(jax.jit, static_argnames=("count", "columns", "num_sparsecores", "everywhere"))
 def _take(
     stacked: jax.Array,
     first: Any,
@@ -38,6 +37,7 @@ def _take(
     count: int,
     columns: tuple[int, ...],
     num_sparsecores: int,
+    everywhere: jax.sharding.Sharding | None,
 ) -> jax.Array:
     ids = first + jnp.arange(count, dtype=jnp.int32)
     physical = physical_rows(ids, placement, stacked.shape[0], num_sparsecores)
@@ -45,7 +45,8 @@ def _take(
     def take(stacked, physical):
         return stacked.at[physical, *map(slice, columns)].get(mode="promise_in_bounds")
 
-    return rows_by_number(take, stacked, physical, writes=False)
+    rows = rows_by_number(take, stacked, physical, writes=False)
+    return rows if everywhere is None else jax.lax.with_sharding_constraint(rows, everywhere)
 
 
 @functools.partial(jax.jit, static_argnames="num_sparsecores", donate_argnames="stacked")
@@ -66,12 +67,34 @@ def _blocks(table: TablePlan) -> tuple[int, list[np.int32]]:
     return count, [np.int32(min(first, rows - count)) for first in range(0, rows, count)]
 
 
+def logical_blocks(stacked: jax.Array, table: TablePlan, num_sparsecores: int) -> Iterator[tuple[slice, jax.Array]]:
+    """The rows of a table or slot, a block at a time. On several processes all must go through them, and all get them."""
+    count, firsts = _blocks(table)
+    everywhere = None if stacked.is_fully_addressable else _replicated(stacked.sharding)
+    columns = of_table(stacked.shape, table)[1:]
+    for first in firsts:
+        rows = _take(
+            *(stacked, first, table.rows),
+            count=count,
+            columns=columns,
+            num_sparsecores=num_sparsecores,
+            everywhere=everywhere,
+        )
+        yield slice(int(first), int(first) + count), rows
+
+
+def _replicated(sharding: Any) -> jax.sharding.NamedSharding:
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        raise ValueError(f"A table is sharded over several processes by {sharding}; it must be a NamedSharding.")
+    return jax.sharding.NamedSharding(sharding.mesh, jax.P())
+
+
 def take_logical(stacked: Any, table: TablePlan, num_sparsecores: int) -> np.ndarray:
     """The values of a table or slot by row.
 
     Args:
-        stacked: [rows, dim] or [rows] array of the stack, JAX or NumPy. A JAX array is copied out by blocks and never aliased: a
-            NumPy view of it would make the next donated step copy it.
+        stacked: [rows, dim] or [rows] array of the stack, JAX (of this process) or NumPy. A JAX array is copied out by blocks
+            and never aliased: a NumPy view of it would make the next donated step copy it.
         table: the table's place.
         num_sparsecores: SparseCores that the stack is laid out for.
 
@@ -81,19 +104,9 @@ def take_logical(stacked: Any, table: TablePlan, num_sparsecores: int) -> np.nda
     if isinstance(stacked, np.ndarray):
         return np.ascontiguousarray(take_table(stacked, table, num_sparsecores))
     values = np.empty(of_table(stacked.shape, table), np.float32)
-    count, firsts = _blocks(table)
-    for first in firsts:
-        columns = values.shape[1:]
-        rows = _take(stacked, first, table.rows, count=count, columns=columns, num_sparsecores=num_sparsecores)
-        values[first : first + count] = np.asarray(rows)
+    for rows, block in logical_blocks(stacked, table, num_sparsecores):
+        values[rows] = np.asarray(block)
     return values
-
-
-def empty_stack(shape: tuple[int, ...]) -> jax.Array:
-    """An array of a stack, 0 everywhere. No id reads the rows and columns of padding, so 0 will do for slots too."""
-    if len(shape) == 1:
-        return jnp.zeros(shape, jnp.float32)
-    return _fill(jnp.zeros(shape[1], jnp.float32), shape[0])
 
 
 def put_logical(stacked: jax.Array, values: np.ndarray, table: TablePlan, num_sparsecores: int) -> jax.Array:

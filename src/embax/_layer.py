@@ -59,21 +59,21 @@ def float32_variables(variables: Any) -> Any:
     return jax.tree.map(cast, variables)
 
 
-def known_lookups(lookups: Any) -> float:
-    """The number of differentiated lookups of the last step, 0 where it is not known without waiting."""
-    if (
-        isinstance(lookups, Tracer)
-        or lookups.is_deleted()
-        or not lookups.is_ready()
-        or not lookups.is_fully_addressable
-    ):
+def known_lookups(lookups: Any, wait: bool = False) -> float:
+    """The number of differentiated lookups of the last step, 0 where it is not known without waiting.
+
+    Several processes, which would know it at different times, know it only if they wait.
+    """
+    if isinstance(lookups, Tracer) or lookups.is_deleted():
         return 0
-    return float(np.asarray(lookups).max())
+    if not wait and not (lookups.is_fully_addressable and lookups.is_ready()):
+        return 0
+    return float(np.asarray(lookups.addressable_data(0)).max())  # All are equal.
 
 
-def refuse_several(lookups: Any) -> None:
+def refuse_several(lookups: Any, wait: bool = False) -> None:
     """Raises a ValueError if the number of lookups is known, and above 1."""
-    count = known_lookups(lookups)
+    count = known_lookups(lookups, wait)
     if count > 1:
         raise ValueError(
             f"The tables were looked up {int(count)} times in one differentiated step. The backward pass of a lookup updates "
@@ -154,14 +154,19 @@ class Shell:
         self._num_local = 1 if self.mesh is None else self.mesh.num_local_devices
         if self._num_local == 0:
             raise ValueError("No device of the mesh is of this process; make a mesh of devices of all processes.")
-        everything_here = self._num_local == num_devices
+        self.alone = alone = self.mesh is None or self.mesh.processes.alone
+        if limits == "grow" and not alone:
+            raise ValueError(
+                f'{layer}: limits="grow" with devices of several processes: processes whose buffers grow on their own compile '
+                'different programs and hang. Use limits="raise", and embax.update_preprocessing_parameters to set the limits.'
+            )
         self._packing: dict[str, Any] = {
-            "limits": ("grow" if everything_here else "raise") if limits is None else limits,
+            "limits": ("grow" if alone else "raise") if limits is None else limits,
             "validation": validation,
             "num_local_devices": self._num_local,
             "enable_minibatching": enable_minibatching,
         }
-        all_reduce = None if everything_here or not enable_minibatching else DistributedAllReduce()
+        all_reduce = None if alone or not enable_minibatching else DistributedAllReduce()
         self._packer = Packer(self.specs, **self._packing, all_reduce=all_reduce)
         self._agreeing: tuple[AllReduceInterface, Packer] | None = None
         self._in_flight = StepsInFlight()
@@ -185,14 +190,34 @@ class Shell:
         batch_number: int | None = None,
         all_reduce: AllReduceInterface | None = None,
     ) -> PreprocessedInput:
-        """A packed batch, on the devices of the mesh if there is one; traced ids are packed where they are traced."""
+        """A packed batch, on the devices of the mesh if there is one; traced ids are packed where they are traced.
+
+        Instead of ids it takes what `pack_ahead` returned.
+        """
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((ids, weights))):
             return self._pack_traced(ids, weights)
-        packer = self._packer if all_reduce is None else self._packer_with(all_reduce)
-        packed = packer(ids, weights, batch_number=batch_number)
-        if self.mesh is None or inside_shard_map():
+        packed: Any = ids
+        if not isinstance(ids, PreprocessedInput | Exception):
+            packer = self._packer if all_reduce is None else self._packer_with(all_reduce)
+            packed = self._result_of(packer, ids, weights, batch_number)
+        if self.mesh is None or isinstance(getattr(packed, "gains", None), jax.Array) or inside_shard_map():
             return packed
         return self.mesh.place(packed)
+
+    def pack_ahead(self, ids: Any, weights: Any = None) -> PreprocessedInput | Exception:
+        """What `pack` does without the other processes: with some, the batch is on no device yet, and an error is returned."""
+        return self.pack(ids, weights) if self.alone else self._result_of(self._packer, ids, weights, None)
+
+    def _result_of(
+        self, packer: Packer, ids: Any, weights: Any, batch_number: int | None
+    ) -> PreprocessedInput | Exception:
+        """The packed batch, or the error where other processes must get to know it."""
+        try:
+            return packer(ids, weights, batch_number=batch_number)
+        except Exception as error:
+            if self.alone:
+                raise
+            return error
 
     def _packer_with(self, all_reduce: AllReduceInterface) -> Packer:
         if not self._packing["enable_minibatching"]:

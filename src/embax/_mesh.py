@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from jax.core import Tracer
 
 from embax._checks import positive_int
 from embax._ops.geometry import inside_shard_map
-from embax._preprocess.buffers import PreprocessedInput
+from embax._preprocess.buffers import PackedLayout, PreprocessedInput
+from embax._processes import Action, Alike, Processes
 
 _PACKED_ARRAYS = ("row_pointers", "embedding_ids", "sample_ids", "gains", "num_minibatches")
 
@@ -126,11 +128,20 @@ class TableMesh:
         sharding = jax.sharding.NamedSharding(self.mesh, full)
         return jax.sharding.reshard(array, sharding) if isinstance(array, Tracer) else jax.device_put(array, sharding)
 
-    def place(self, packed: PreprocessedInput) -> PreprocessedInput:
-        """A batch that this process packed for its devices, as global arrays on the devices of the mesh."""
+    @functools.cached_property
+    def processes(self) -> Processes:
+        """The processes of all devices of the mesh."""
+        return Processes.of(self.mesh.devices.flat)
+
+    def place(self, packed: PreprocessedInput | Exception) -> PreprocessedInput:
+        """A batch that this process packed for its devices, as global arrays on the devices of the mesh; see `place_batch`."""
+        error = packed if isinstance(packed, Exception) else self._misfit(packed)
+        alike = None if isinstance(packed, Exception) or error or self.processes.alone else _batch(packed)
+        self.processes.agree(Action.PLACE, error, alike)
+        assert isinstance(packed, PreprocessedInput)  # Else there is an error.
         sharding = jax.sharding.NamedSharding(self.mesh, self.leading)
         arrays = {name: array for name in _PACKED_ARRAYS if (array := getattr(packed, name)) is not None}
-        if self.num_local_devices == self.num_devices and jax.process_count() == 1:
+        if self.processes.alone:
             return packed.replace(**jax.device_put(arrays, sharding))
         return packed.replace(
             **{
@@ -140,6 +151,92 @@ class TableMesh:
                 for name, array in arrays.items()
             }
         )
+
+    def _misfit(self, packed: Any) -> ValueError | None:
+        """Why this is no batch for the devices of this process, if it is none."""
+        if not isinstance(packed, PreprocessedInput):
+            return ValueError(f"A {type(packed).__name__} is to be put on the devices; it must be a packed batch.")
+        wanted, layout = (self.num_devices, self.num_local_devices), packed.layout
+        if (layout.num_devices, layout.num_local_devices) != wanted:
+            return ValueError(
+                f"The batch was packed for {layout.num_local_devices} of {layout.num_devices} devices; the mesh has "
+                f"{wanted[1]} of {wanted[0]} in this process. Place the specs for {wanted[0]} devices, and pack with "
+                f"num_local_devices={wanted[1]}."
+            )
+        return None
+
+
+def _batch(packed: PreprocessedInput) -> Alike:
+    return Alike(
+        "batches",
+        _layout_digest(packed.layout),
+        functools.partial(_describe_layout, packed.layout),
+        "Give all processes the same specs and options, and batches of the same size: fill smaller ones up (dense ids of -1, or "
+        "empty ragged samples, contribute nothing).",
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _layout_digest(layout: PackedLayout) -> bytes:
+    return hashlib.blake2b(repr(_describe_layout(layout)).encode(), digest_size=16).digest()
+
+
+def _describe_layout(layout: PackedLayout) -> dict[str, Any]:
+    """What a layout says, by names; how many of the devices are local may differ between processes."""
+    described: dict[str, Any] = {
+        "devices of the specs": layout.num_devices,
+        "SparseCores a device": layout.num_sparsecores_per_device,
+        "minibatching": layout.minibatched,
+        "stacks": [stack.name for stack in layout.stacks],
+    }
+    for stack in layout.stacks:
+        described[f"features of stack {stack.name!r}"] = [feature.name for feature in stack.features]
+        for feature, batch in zip(stack.features, stack.batch_sizes, strict=True):
+            described[f"samples a device of feature {feature.name!r}"] = batch
+        for field in ("num_rows", "combiner", "max_ids_per_partition", "max_unique_ids_per_partition", "capacity"):
+            described[f"{field} of stack {stack.name!r}"] = getattr(stack, field)
+        described[f"placement of stack {stack.name!r}"] = stack.features
+    return described
+
+
+def place_batch(
+    packed: PreprocessedInput | Exception,
+    mesh: jax.sharding.Mesh,
+    *,
+    sharding_axis: str | tuple[str, ...] | None = None,
+) -> PreprocessedInput:
+    """Puts a packed batch on the devices of a mesh, each device's part on it.
+
+    With devices of several processes all of them call this, in their main thread, each with the part of the batch that it packed
+    for its own devices. They first compare what they packed. If a process could not pack its part, it passes the exception,
+    which then is raised on it, and a RuntimeError with the same text on the others; so none waits for a step that never comes.
+
+    Args:
+        packed: what `embax.preprocess` returned, or the exception that it raised.
+        mesh: the devices that the specs were placed for.
+        sharding_axis: the axis of the mesh, or a tuple of axes, that tables and batch are sharded over; over the others the
+            batch is replicated, and processes that have the same part must pass the same. None where the mesh has one axis.
+
+    Returns:
+        The batch with global arrays, and the statistics of this process.
+
+    Raises:
+        ValueError: the batches of the processes differ in their sizes or limits, or this process has no device of the mesh.
+        RuntimeError: another process could not pack its part.
+
+    Example:
+        >>> try:
+        ...     packed = embax.preprocess(ids, specs=specs)
+        ... except ValueError as error:
+        ...     packed = error
+        >>> packed = embax.place_batch(packed, mesh)
+    """
+    over = TableMesh.checked(mesh, sharding_axis)
+    if over is None or over.num_local_devices == 0:
+        raise ValueError(
+            "place_batch needs a mesh that has devices of this process, such as jax.make_mesh((4,), ('devices',))."
+        )
+    return over.place(packed)
 
 
 def on_devices(

@@ -16,7 +16,7 @@ from embax._format import table_format
 from embax._mesh import TableMesh
 from embax._ops import native
 from embax._stacking.layout import physical_rows, put_blocks
-from embax._stacking.plan import RowPlacement, StackPlan, TablePlan, make_plan, table_specs
+from embax._stacking.plan import Plan, RowPlacement, StackPlan, TablePlan, make_plan, table_specs
 from embax.optimizers import OptimizerSpec
 from embax.optimizers._base import Initializer
 
@@ -312,6 +312,41 @@ def _initialize(
     return stacked if len(shape) == 2 else devices.flat(stacked)
 
 
+def _devices_of(
+    plan: Plan, stack: StackPlan, over: TableMesh | None, key: jax.Array | None
+) -> _OneDevice | _ManyDevices:
+    """What makes the arrays of a stack, on the devices of a mesh, or on that of `key`, if any, or the default device."""
+    if over is None:
+        return _OneDevice(plan.num_sparsecores, None if key is None else _format_of(key, stack.optimizer))
+    return _ManyDevices(plan.num_sparsecores, over, table_format(over.sharding(2), stack.optimizer))
+
+
+def empty_array(plan: Plan, stack: StackPlan, shape: tuple[int, ...], over: TableMesh | None) -> jax.Array:
+    """An array of a stack, [rows, dim] or [rows], 0 everywhere, on the devices of a mesh or the default device."""
+    devices = _devices_of(plan, stack, over, None)
+    num_rows, dim = (*shape, 1)[:2]
+    if over is None and len(shape) == 1:
+        return jnp.zeros(shape, jnp.float32)
+    stacked = devices.fill(jnp.zeros(dim, jnp.float32), num_rows)
+    return stacked if len(shape) == 2 else devices.flat(stacked)
+
+
+def table_mesh(plan: Plan, mesh: Any, sharding_axis: Any) -> TableMesh | None:
+    """The devices that tables are made on, None for one.
+
+    Raises:
+        ValueError: the specs were placed for other devices, or the mesh or the axis is none.
+    """
+    over = TableMesh.checked(mesh, sharding_axis)
+    given = 1 if over is None else over.num_devices
+    if plan.num_devices != given:
+        raise ValueError(
+            f"The specs were placed for {plan.num_devices} devices, and tables are to be made on {given}. Pass a mesh whose "
+            f"sharding axis has {plan.num_devices} devices, or place the specs with global_device_count={given}."
+        )
+    return over
+
+
 def init_embedding_variables(
     rng: jax.Array,
     specs: Any,
@@ -352,21 +387,13 @@ def init_embedding_variables(
         >>> embax.prepare_feature_specs_for_training(features, global_device_count=4)
         >>> variables = embax.init_embedding_variables(jax.random.key(0), features, mesh=mesh)
     """
-    plan, over = make_plan(specs), TableMesh.checked(mesh, sharding_axis)
-    given = 1 if over is None else over.num_devices
-    if plan.num_devices != given:
-        raise ValueError(
-            f"The specs were placed for {plan.num_devices} devices, and tables are to be made on {given}. Pass a mesh whose "
-            f"sharding axis has {plan.num_devices} devices, or place the specs with global_device_count={given}."
-        )
+    plan = make_plan(specs)
+    over = table_mesh(plan, mesh, sharding_axis)
     key = _threefry(rng)
     initializers = {name: table.initializer for name, table in table_specs(specs).items()}
     variables = {}
     for stack in plan.stacks:
-        if over is None:
-            devices = _OneDevice(plan.num_sparsecores, _format_of(key, stack.optimizer))
-        else:
-            devices = _ManyDevices(plan.num_sparsecores, over, table_format(over.sharding(2), stack.optimizer))
+        devices = _devices_of(plan, stack, over, key)
         slots = stack.optimizer.slot_variables_initializers()
         wanted = list(
             zip([initializers, *(dict.fromkeys(initializers, s) for s in slots)], stack.state_shapes, strict=True)

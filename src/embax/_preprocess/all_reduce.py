@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from embax._checks import positive_int
+from embax._processes import Action, OutOfStepError, all_processes
 
 
 def _unsigned(owner: str, what: str, value: Any, bits: int) -> int:
@@ -200,7 +200,8 @@ class DistributedAllReduce(AllReduceInterface):
 
         Raises:
             ValueError: the key or the value is out of range.
-            RuntimeError: it was called from another thread than the main one, or, on all processes, their keys differ.
+            RuntimeError: it was called from another thread than the main one, or, on all processes, their keys differ or some do
+                something else.
         """
         key = _unsigned("DistributedAllReduce", "key", key, 63)
         value = _unsigned("DistributedAllReduce", "value", value, 64)
@@ -215,10 +216,11 @@ class DistributedAllReduce(AllReduceInterface):
             return value
         # In halves, since JAX cuts 64-bit integers unless told not to.
         mine = np.array([key, value], np.uint64).view(np.uint32)
-        every = np.ascontiguousarray(multihost_utils.process_allgather(mine), np.uint32).view(np.uint64)
+        words = all_processes().gather(Action.REDUCE, mine.tolist())[:, :4]
+        every = np.ascontiguousarray(words).view(np.uint64)
         keys, values = every[:, 0].tolist(), every[:, 1]
         if len(set(keys)) > 1:
-            raise RuntimeError(
+            raise OutOfStepError(
                 f"The processes reduce different keys: {dict(enumerate(keys))} by process. All must pack the same batches in "
                 "the same order; start them from the same batch number."
             )

@@ -169,10 +169,10 @@ class Packer:
             ) from error
 
     def _pack(self, ids: Any, weights: Any, batch_number: int | None) -> PreprocessedInput:
-        threads = num_threads()
         if batch_number is not None:
             batch_number = _checked_batch_number(batch_number)
         try:
+            threads = num_threads()
             leaves = self._leaves(ids, weights)
         except Exception:
             if self.enable_minibatching:

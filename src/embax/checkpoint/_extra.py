@@ -50,6 +50,20 @@ def _on_host(leaf: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
+def whole_leaves(leaves: Sequence[NamedLeaf]) -> list[NamedLeaf]:
+    """The leaves, those that are sharded over several processes on every device, as a whole. All processes must call it."""
+
+    def whole(leaf):
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        if not isinstance(leaf.sharding, jax.sharding.NamedSharding):
+            return leaf  # Reading it says what is wrong.
+        everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.P())
+        return jax.jit(lambda leaf: leaf, out_shardings=everywhere)(leaf)
+
+    return [(name, whole(leaf)) for name, leaf in leaves]
+
+
 def encode(leaves: Sequence[NamedLeaf]) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Descriptions of all leaves for the metadata, and the arrays among them by number.
 
@@ -116,9 +130,15 @@ def _like(value: np.ndarray, template: Any) -> Any:
 
 def _placed(array: jax.Array, template: Any) -> jax.Array:
     sharding = getattr(template, "sharding", None)
-    if sharding is not None and getattr(template, "committed", True):
+    if sharding is None or not getattr(template, "committed", True):
+        return array
+    if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
-    return array
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        place = jax.jit(lambda key: key, out_shardings=sharding)
+        return place(array)
+    values = np.asarray(array)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def decode(description: dict[str, Any], array: np.ndarray | None, template: Any) -> Any:

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from embax._blocks import empty_stack, put_logical
+from embax._blocks import put_logical
 from embax._format import in_table_format
+from embax._mesh import TableMesh
+from embax._processes import Action, Processes
 from embax._stacking.plan import Plan, StackPlan, make_plan, table_specs
-from embax._variables import EmbeddingVariables
+from embax._variables import EmbeddingVariables, empty_array, table_mesh
 from embax.checkpoint._describe import check_tables, describe_table, row_wise_names
 from embax.checkpoint._errors import CheckpointError
 from embax.checkpoint._extra import NamedLeaf, check_leaves, decode, named_leaves
@@ -30,14 +32,22 @@ def read_table(stored: Stored, name: str, label: str) -> np.ndarray:
     return values
 
 
-def read_stack(stored: Stored, plan: Plan, stack: StackPlan, stored_names: Mapping[str, str]) -> EmbeddingVariables:
-    """The variables of a stack, on the default device."""
+LOAD_KINDS = (CheckpointError, FileNotFoundError, ValueError)
+"""Errors of a process that all raise."""
+
+
+def read_stack(
+    stored: Stored, plan: Plan, stack: StackPlan, stored_names: Mapping[str, str], over: TableMesh | None
+) -> EmbeddingVariables:
+    """The variables of a stack, on the devices of a mesh, each its own rows, or on the default device."""
+    processes = Processes.of(jax.local_devices()) if over is None else over.processes
     arrays = []
     labels = ("table", *(f"slot.{name}" for name in stack.optimizer.slot_names))
     for label, shape in zip(labels, stack.state_shapes, strict=True):
-        stacked = empty_stack(shape)
+        stacked = empty_array(plan, stack, shape, over)
         for table in stack.tables:
-            values = read_table(stored, stored_names[table.name], label)
+            with processes.together(Action.LOAD, LOAD_KINDS):
+                values = read_table(stored, stored_names[table.name], label)
             stacked = put_logical(stacked, values, table, plan.num_sparsecores)
             del values
         arrays.append(in_table_format(stacked, stack.optimizer))
@@ -62,10 +72,22 @@ def read_leaves(stored: Stored, descriptions: Sequence[dict[str, Any]], template
     return leaves
 
 
-def load(path: str | os.PathLike, *, specs: Any, extra: Any = None) -> tuple[dict[str, EmbeddingVariables], Any]:
+def load(
+    path: str | os.PathLike,
+    *,
+    specs: Any,
+    extra: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    sharding_axis: str | tuple[str, ...] | None = None,
+) -> tuple[dict[str, EmbeddingVariables], Any]:
     """Loads what `save` saved, after checking every byte of it.
 
-    Tables may be stacked in another way, and for another number of SparseCores, than when they were saved.
+    Tables may be stacked in another way, and for another number of SparseCores, devices and processes, than when they were
+    saved. It needs the memory of the largest table beside the result, on the host; each device of a mesh has its own rows only,
+    and a block of rows beside them.
+
+    With a mesh of several processes all call it, in their main thread, and each reads the checkpoint; an error on one process
+    is an error on all.
 
     Args:
         path: the directory of the checkpoint.
@@ -73,33 +95,39 @@ def load(path: str | os.PathLike, *, specs: Any, extra: Any = None) -> tuple[dic
             optimizer classes. Hyperparameters, combiners and features may differ.
         extra: a pytree like the `extra` that was saved, of arrays or `jax.ShapeDtypeStruct`, and Python numbers; None
             leaves `extra` out.
+        mesh: the devices that the specs were placed for; None for the default device.
+        sharding_axis: the axis of the mesh, or a tuple of axes, that rows are sharded over. None where the mesh has one axis.
 
     Returns:
         The `EmbeddingVariables` of each stack, float32[stack_vocab_size, stack_embedding_dim] arrays on the default
-        device, with zeros as padding; and `extra` as it was saved, with NumPy arrays where the template has such, and
-        JAX arrays with the template's sharding elsewhere. None without a template.
+        device, or with their rows sharded over the mesh, with zeros as padding; and `extra` as it was saved, with NumPy
+        arrays where the template has such, and JAX arrays with the template's sharding elsewhere. None without a template.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
         CheckpointError: the checkpoint is damaged, incomplete or of a newer format, or does not fit `specs` or `extra`.
-        ValueError: the specs have not been placed.
+        ValueError: the specs have not been placed, or for other devices than those of the mesh.
 
     Example:
         >>> template = jax.eval_shape(make_dense_parameters)
         >>> variables, dense = embax.checkpoint.load("run/step_1000", specs=specs, extra=template)
     """
     plan, tables = make_plan(specs), table_specs(specs)
-    stored = read_metadata(resolve(path))
-    check_tables(stored.path, stored.content["tables"], {name: describe_table(table) for name, table in tables.items()})
-    descriptions = stored.content["extra"]
-    template = [] if extra is None else named_leaves(extra)
-    if extra is None:
-        descriptions = []
-    elif descriptions is None:
-        raise CheckpointError(f"Checkpoint {stored.path} was saved without extra. Load it with extra=None.")
-    check_leaves(stored.path, descriptions, template)
-    check_files(stored)
-    leaves = read_leaves(stored, descriptions, template)
+    over = None if mesh is None and sharding_axis is None else table_mesh(plan, mesh, sharding_axis)
+    processes = Processes.of(jax.local_devices()) if over is None else over.processes
+    with processes.together(Action.LOAD, LOAD_KINDS):
+        stored = read_metadata(resolve(path))
+        asked = {name: describe_table(table) for name, table in tables.items()}
+        check_tables(stored.path, stored.content["tables"], asked)
+        descriptions = stored.content["extra"]
+        template = [] if extra is None else named_leaves(extra)
+        if extra is None:
+            descriptions = []
+        elif descriptions is None:
+            raise CheckpointError(f"Checkpoint {stored.path} was saved without extra. Load it with extra=None.")
+        check_leaves(stored.path, descriptions, template)
+        check_files(stored)
+        leaves = read_leaves(stored, descriptions, template)
     names = {name: name for name in tables}
-    variables = {stack.name: read_stack(stored, plan, stack, names) for stack in plan.stacks}
+    variables = {stack.name: read_stack(stored, plan, stack, names, over) for stack in plan.stacks}
     return variables, None if extra is None else jax.tree.unflatten(jax.tree.structure(extra), leaves)

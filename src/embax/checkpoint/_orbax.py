@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
 
 from embax.checkpoint._errors import CheckpointError
@@ -24,16 +24,22 @@ class _Borrowed(np.ndarray):
         return self
 
 
-def _handler() -> Any:
+def _checkpointer() -> ocp.Checkpointer:
+    # Each process works with Orbax on its own: only one writes, and who reads waits for no other.
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"embax{here}"
+    )
     # Rows of floats hardly compress (by 8 %), and compressing them takes five times as long as writing them.
-    return ocp.PyTreeCheckpointHandler(use_compression=False)
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes `arrays`, none of them of size 0, to an Orbax checkpoint at `directory`, which does not exist yet."""
     tree = {name: np.asarray(array).view(_Borrowed) for name, array in arrays.items()}
     options = dict.fromkeys(tree, ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES))
-    with ocp.Checkpointer(_handler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(directory, ocp.args.PyTreeSave(tree, save_args=options))
 
 
@@ -46,7 +52,7 @@ def read_arrays(directory: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     names = list(names)
     options = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
     try:
-        with ocp.Checkpointer(_handler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             wanted = ocp.args.PyTreeRestore(dict.fromkeys(names, 0), restore_args=options, partial_restore=True)
             tree = checkpointer.restore(directory, wanted)
         return {name: np.asarray(tree[name]) for name in names}

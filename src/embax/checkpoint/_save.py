@@ -1,20 +1,24 @@
 """Saving."""
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from embax._blocks import take_logical
+from embax._blocks import logical_blocks, take_logical
 from embax._matmul import check_variables
-from embax._stacking.plan import make_plan, table_specs
+from embax._processes import Action, Processes, all_processes
+from embax._stacking.layout import of_table
+from embax._stacking.plan import TablePlan, make_plan, table_specs
 from embax._variables import EmbeddingVariables
 from embax.checkpoint._describe import describe_features, describe_table
 from embax.checkpoint._directory import atomic_directory
 from embax.checkpoint._errors import CheckpointError
-from embax.checkpoint._extra import NamedLeaf, encode, named_leaves
+from embax.checkpoint._extra import NamedLeaf, encode, named_leaves, whole_leaves
 from embax.checkpoint._format import EXTRA_DIRECTORY, METADATA_FILE, array_checksum, array_directory, write_metadata
 from embax.checkpoint._orbax import write_arrays
 
@@ -42,8 +46,6 @@ def resolve(path: str | os.PathLike) -> Path:
 
 
 def _check_destination(path: Path, overwrite: bool) -> None:
-    if jax.process_count() > 1:
-        raise ValueError(f"Checkpoint {path}: checkpoints of {jax.process_count()} processes are not supported.")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / METADATA_FILE).exists():
@@ -54,8 +56,25 @@ def _check_destination(path: Path, overwrite: bool) -> None:
         )
 
 
-def _write_tables(directory: Path, group: TableGroup) -> dict[str, Any]:
-    """Writes the arrays of a group one after another; returns what the metadata say about its tables."""
+_SAME_KINDS = (CheckpointError, FileExistsError, ValueError)
+
+
+def _gather(stacked: Any, table: TablePlan, num_sparsecores: int, processes: Processes) -> np.ndarray | None:
+    """A table or slot by row, None where another process writes it."""
+    if processes.alone or not isinstance(stacked, jax.Array) or stacked.is_fully_addressable:
+        return take_logical(stacked, table, num_sparsecores) if processes.is_first else None
+    with processes.together(Action.SAVE):
+        values = np.empty(of_table(stacked.shape, table), np.float32) if processes.is_first else None
+    for rows, block in logical_blocks(stacked, table, num_sparsecores):
+        if values is None:
+            block.block_until_ready()  # One block at a time, as on the process that writes.
+        else:
+            values[rows] = np.asarray(block)
+    return values
+
+
+def _write_tables(directory: Path, group: TableGroup, processes: Processes) -> dict[str, Any]:
+    """Writes the arrays of a group one after another; returns what the metadata say about its tables, to whoever writes."""
     plan, specs = make_plan(group.specs), table_specs(group.specs)
     described = {}
     for stack in plan.stacks:
@@ -63,9 +82,11 @@ def _write_tables(directory: Path, group: TableGroup) -> dict[str, Any]:
         for table in stack.tables:
             name, arrays = group.stored_names[table.name], {}
             for label, stacked in zip(labels, jax.tree.leaves(group.variables[stack.name]), strict=True):
-                values = take_logical(stacked, table, plan.num_sparsecores)
-                arrays[label] = {"directory": array_directory(name, label), "checksum": array_checksum(values)}
-                write_arrays(directory / arrays[label]["directory"], {"value": values})
+                values = _gather(stacked, table, plan.num_sparsecores, processes)
+                with processes.together(Action.SAVE):
+                    if values is not None:
+                        arrays[label] = {"directory": array_directory(name, label), "checksum": array_checksum(values)}
+                        write_arrays(directory / arrays[label]["directory"], {"value": values})
                 del values
             described[name] = {**describe_table(specs[table.name]), "arrays": arrays}
     return described
@@ -75,20 +96,35 @@ def write_checkpoint(
     path: Path, groups: Sequence[TableGroup], extra: Sequence[NamedLeaf] | None, overwrite: bool
 ) -> None:
     """Writes a checkpoint of table groups and leaves; see `save`."""
-    _check_destination(path, overwrite)
-    for group in groups:
-        check_variables(group.variables, make_plan(group.specs))
-    described, arrays = (None, {}) if extra is None else encode(extra)
+    processes = all_processes()
+    with processes.together(Action.SAVE, _SAME_KINDS):
+        if processes.is_first:
+            _check_destination(path, overwrite)
+        for group in groups:
+            check_variables(group.variables, make_plan(group.specs))
+    described, arrays = None, {}
+    if extra is not None:
+        extra = whole_leaves(extra)
+        with processes.together(Action.SAVE, _SAME_KINDS):
+            if processes.is_first:
+                described, arrays = encode(extra)
     try:
-        with atomic_directory(path) as directory:
+        with contextlib.ExitStack() as writing:
+            directory = path
+            with processes.together(Action.SAVE):
+                if processes.is_first:
+                    directory = writing.enter_context(atomic_directory(path))
             content: dict[str, Any] = {"tables": {}, "features": [], "extra": described}
             for group in groups:
-                content["tables"].update(_write_tables(directory, group))
+                content["tables"].update(_write_tables(directory, group, processes))
                 content["features"] += describe_features(group.specs, group.stored_names)
-            if arrays:
-                write_arrays(directory / EXTRA_DIRECTORY, arrays)
-            write_metadata(directory, content)
-            _check_destination(path, overwrite)  # again: it took a while
+            with processes.together(Action.SAVE, _SAME_KINDS):
+                if processes.is_first:
+                    if arrays:
+                        write_arrays(directory / EXTRA_DIRECTORY, arrays)
+                    write_metadata(directory, content)
+                    _check_destination(path, overwrite)  # again: it took a while
+                    writing.close()
     except FileExistsError:
         raise
     except Exception as error:
@@ -109,14 +145,19 @@ def save(
     """Saves tables, slots, and anything else that belongs to them, as one checkpoint.
 
     Tables are stored by row and without padding, so that the checkpoint can be loaded with other stacks, and for
-    another number of SparseCores. The checkpoint appears at `path` once it is complete and on the disk; a save that
-    fails or is killed changes nothing there. It needs the memory of the largest table beside the variables.
+    another number of SparseCores, devices and processes. The checkpoint appears at `path` once it is complete and on the
+    disk; a save that fails or is killed changes nothing there. It needs the memory of the largest table beside the variables;
+    tables on several devices are gathered a block of rows at a time.
+
+    Of several processes all call it, in their main thread, with the same variables and structure of `extra`; the first one
+    writes. It returns when the checkpoint is complete, and an error on one process is an error on all.
 
     Args:
         path: a directory on a local file system, which is created.
-        variables: `EmbeddingVariables` of each stack by name.
+        variables: `EmbeddingVariables` of each stack by name, sharded or not.
         specs: pytree of placed `FeatureSpec`.
-        extra: None, or a pytree of arrays, PRNG keys and Python numbers: dense parameters, optimizer state.
+        extra: None, or a pytree of arrays, PRNG keys and Python numbers: dense parameters, optimizer state. What every
+            process has for itself is stored as the first one has it.
         overwrite: replace a checkpoint that is at `path`; it stays until the new one is complete.
 
     Raises:

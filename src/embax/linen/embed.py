@@ -136,12 +136,24 @@ class SparseCoreEmbed(nn.Module):
     def _parameter(self) -> Any:
         return self.get_variable("params", EMBEDDING_PARAM_NAME)
 
+    @property
+    def packer(self) -> Callable[..., PreprocessedInput | Exception]:
+        """What packs for this layer ahead of the steps, in any thread: `packer(ids, weights)`.
+
+        Pass what it returns to `preprocess` in the main thread. On one process that is the batch as `preprocess` returns it; on
+        several, which put batches on the devices together, a batch that is on none yet, or the exception that packing raised. The
+        module need not be bound to variables.
+        """
+        return self._shell.pack_ahead
+
     def preprocess(self, ids: Any, weights: Any = None, *, last: jax.Array | None = None) -> PreprocessedInput:
         """Packs a batch on the host, ahead of the jitted step. The module need not be bound to variables.
 
+        With a mesh of several processes all call it, in their main thread, and compare their batches: see `embax.place_batch`.
+
         Args:
             ids: ids of each feature, in the structure of the specs: see `embax.preprocess`. Of the samples of a batch each of
-                several processes gives those of its own devices.
+                several processes gives those of its own devices. Or what `packer` returned.
             weights: None, or float weights of the same structure and shapes.
             last: None, or a small result of the step before, such as the loss: with a mesh of several devices this waits until
                 at most 16 such steps are unfinished (see `embax.StepsInFlight`).
@@ -151,7 +163,8 @@ class SparseCoreEmbed(nn.Module):
 
         Raises:
             ValueError: an id or a weight is not valid, the batch does not divide over the devices, or under `limits="raise"`
-                a limit is exceeded.
+                a limit is exceeded, or the batches of several processes differ in size.
+            RuntimeError: another process could not pack its part.
         """
         if isinstance(last, jax.Array):
             self._shell.wait(last)

@@ -2,17 +2,19 @@
 
 import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
+from embax._processes import Action, Processes
 from embax._stacking.plan import make_plan, table_specs
 from embax.checkpoint._describe import check_tables, describe_table
 from embax.checkpoint._errors import CheckpointError
 from embax.checkpoint._extra import NamedLeaf, check_leaves, named_leaves
-from embax.checkpoint._format import check_files, read_metadata
-from embax.checkpoint._load import read_leaves, read_stack, read_table
+from embax.checkpoint._format import Stored, check_files, read_metadata
+from embax.checkpoint._load import LOAD_KINDS, read_leaves, read_stack, read_table
 from embax.checkpoint._save import TableGroup, resolve, write_checkpoint
 from embax.nnx.embed import EmbeddingVariablesParam, InvalidIds, SparseCoreEmbed
 
@@ -71,7 +73,7 @@ def save(
 
     Tables and slots are stored as `embax.checkpoint.save` does, under their own names, or as `layer.path/name` where
     several layers have a table of that name. Everything else, the state of random number generators included, is stored
-    by its path in the model.
+    by its path in the model. Of several processes all call it, as they do `embax.checkpoint.save`.
 
     Args:
         path: a directory on a local file system, which is created.
@@ -101,8 +103,10 @@ def restore(path: str | os.PathLike, model: nnx.Module, optimizer: nnx.Optimizer
     """Restores what `save` saved into a model of the same structure, and its optimizer, in place.
 
     Nothing is changed unless all of the checkpoint has been read and found intact and fitting; therefore tables are
-    read twice. Needs the memory of one stack and one table beside the model. The number of SparseCores and the stacking
-    of the tables may differ from those of the saved model.
+    read twice. Needs the memory of one stack and one table beside the model, on a mesh of a device's rows of one stack on that
+    device. The number of SparseCores, devices and processes, and the stacking of the tables, may differ from those of the saved
+    model. Of several processes all call it, in their main thread, and each reads the checkpoint; if one finds it damaged or not
+    fitting, nothing is changed on any.
 
     Args:
         path: the directory of the checkpoint.
@@ -118,9 +122,33 @@ def restore(path: str | os.PathLike, model: nnx.Module, optimizer: nnx.Optimizer
         >>> optimizer = embax.nnx.embed.PartitionedOptimizer(model, optax.adam(1e-3))
         >>> embax.nnx.checkpoint.restore("run/step_1000", model, optimizer)
     """
-    stored = read_metadata(resolve(path))
     layers = _layers(model)
-    groups = _groups(layers)
+    meshes = [layer._shell.mesh for layer in layers.values()]
+    several = [mesh.processes for mesh in meshes if mesh is not None and not mesh.processes.alone]
+    processes = several[0] if several else Processes.of(jax.local_devices())
+    with processes.together(Action.LOAD, LOAD_KINDS):
+        groups = _groups(layers)
+        stored, leaves, count = _read_all_but_tables(resolve(path), groups, model, optimizer)
+        for name, table in stored.content["tables"].items():
+            for label in table["arrays"]:
+                read_table(stored, name, label)
+
+    for layer, group, mesh in zip(layers.values(), groups, meshes, strict=True):
+        plan, variables = make_plan(group.specs), dict(group.variables)
+        for stack in plan.stacks:
+            new = read_stack(stored, plan, stack, group.stored_names, mesh)
+            variables[stack.name] = new if mesh is not None else _placed_like(variables[stack.name], new)
+            layer.embedding_table.set_value(dict(variables))
+    nnx.update(model, _with_leaves(_rest(model), leaves[:count]))
+    if optimizer is not None:
+        nnx.update(optimizer, _with_leaves(_rest(optimizer), leaves[count:]))
+
+
+def _read_all_but_tables(
+    path: Path, groups: list[TableGroup], model: nnx.Module, optimizer: nnx.Optimizer | None
+) -> tuple[Stored, list[Any], int]:
+    """A checkpoint that fits and whose files are intact, its leaves, and how many of them are the model's."""
+    stored = read_metadata(path)
     asked = {
         group.stored_names[name]: describe_table(table)
         for group in groups
@@ -138,18 +166,4 @@ def restore(path: str | os.PathLike, model: nnx.Module, optimizer: nnx.Optimizer
         raise CheckpointError(f"Checkpoint {stored.path} was saved without an optimizer. Restore it without one.")
     check_leaves(stored.path, descriptions, template)
     check_files(stored)
-    leaves = read_leaves(stored, descriptions, template)
-    for name, table in stored.content["tables"].items():
-        for label in table["arrays"]:
-            read_table(stored, name, label)
-
-    for layer, group in zip(layers.values(), groups, strict=True):
-        plan, variables = make_plan(group.specs), dict(group.variables)
-        for stack in plan.stacks:
-            new = read_stack(stored, plan, stack, group.stored_names)
-            variables[stack.name] = _placed_like(variables[stack.name], new)
-            layer.embedding_table.set_value(dict(variables))
-    count = len(_leaves("model", states["model"]))
-    nnx.update(model, _with_leaves(states["model"], leaves[:count]))
-    if optimizer is not None:
-        nnx.update(optimizer, _with_leaves(states["optimizer"], leaves[count:]))
+    return stored, read_leaves(stored, descriptions, template), len(_leaves("model", states["model"]))

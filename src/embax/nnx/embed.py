@@ -168,22 +168,24 @@ class SparseCoreEmbed(nnx.Module):
         return self._shell.specs
 
     @property
-    def packer(self) -> Callable[..., PreprocessedInput]:
-        """What packs for this layer: `packer(ids, weights)` is `preprocess(ids, weights)`.
+    def packer(self) -> Callable[..., PreprocessedInput | Exception]:
+        """What packs for this layer ahead of the steps, in any thread: `packer(ids, weights)`.
 
-        Another thread that packs ahead of the steps must take this once and call it: while `nnx.jit` updates a model, its
-        attributes are missing for moments.
+        Pass what it returns to `preprocess` in the main thread. On one process that is the batch as `preprocess` returns it; on
+        several, which put batches on the devices together, a batch that is on none yet, or the exception that packing raised.
+        Take this once, ahead of the steps: while `nnx.jit` updates a model, its attributes are missing for moments.
         """
-        return self._shell.pack
+        return self._shell.pack_ahead
 
     def preprocess(self, ids: Any, weights: Any = None) -> PreprocessedInput:
         """Packs a batch on the host, ahead of the jitted step (in another thread: see `packer`).
 
-        With a mesh of several devices it waits until at most 16 steps are unfinished: see `embax.StepsInFlight`.
+        With a mesh of several devices it waits until at most 16 steps are unfinished: see `embax.StepsInFlight`. With a mesh of
+        several processes all call it, in their main thread, and compare their batches: see `embax.place_batch`.
 
         Args:
             ids: ids of each feature, in the structure of the specs: see `embax.preprocess`. Of the samples of a batch each of
-                several processes gives those of its own devices.
+                several processes gives those of its own devices. Or what `packer` returned.
             weights: None, or float weights of the same structure and shapes.
 
         Returns:
@@ -191,12 +193,19 @@ class SparseCoreEmbed(nnx.Module):
 
         Raises:
             ValueError: an id or a weight is not valid, the batch does not divide over the devices, or under `limits="raise"`
-                a limit is exceeded; or the last step looked the tables up more than once.
+                a limit is exceeded; or the last step looked the tables up more than once; or the batches of several
+                processes differ in size.
+            RuntimeError: another process could not pack its part.
         """
         lookups = self.lookups.get_value()
         refuse_several(lookups)
         self._shell.wait(lookups)
-        return self._shell.pack(ids, weights)
+        packed = self._shell.pack(ids, weights)
+        if not self._shell.alone:
+            refuse_several(
+                lookups, wait=True
+            )  # Processes have waited for the last step when they have compared batches.
+        return packed
 
     def __call__(self, inputs: Any, step: int | jax.Array | None = None, *, weights: Any = None) -> Any:
         """The activations of a batch.
