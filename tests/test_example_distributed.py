@@ -48,14 +48,19 @@ def test_launcher_ends_all_when_one_fails(tmp_path):
     assert time.monotonic() - started < 150  # and not the 200 seconds that the others sleep
 
 
-def test_two_processes_learn_what_one_does():
-    losses = []
-    for processes in (1, 2):
-        done = launch(processes, "examples.distributed", "--steps=20", "--batch-size=64")
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert f"processes: {processes}, devices: {processes}" in done.stdout
-        losses.append(
-            [float(loss) for loss in re.findall(r"^\[0\] step \d+: loss ([\d.]+)$", done.stdout, re.MULTILINE)]
-        )
-    assert len(losses[0]) == 2
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+def losses_of(done: subprocess.CompletedProcess) -> dict[int, float]:
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"^\[0\] step (\d+): loss ([\d.]+)$", done.stdout, re.MULTILINE)
+    return {int(step): float(loss) for step, loss in found}
+
+
+def test_processes_learn_what_one_does_and_others_go_on(tmp_path):
+    """Two processes for 20 steps, then one from their checkpoint: the losses of one that was never interrupted."""
+    options = ("--batch-size=64", "--save-every=20", f"--checkpoints={tmp_path}")
+    whole = losses_of(launch(1, "examples.distributed", "--steps=40", "--batch-size=64"))
+    first = launch(2, "examples.distributed", "--steps=20", *options)
+    second = launch(1, "examples.distributed", "--steps=40", *options)
+    assert "processes: 2, devices: 2" in first.stdout
+    assert "resumed after step 20" in second.stdout
+    assert losses_of(first) | losses_of(second) == pytest.approx(whole, rel=1e-4)
+    assert min(losses_of(second)) == 30

@@ -8,6 +8,7 @@ result; a real program reads only its own slice.
 import argparse
 import functools
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ import optax
 from flax import nnx
 
 import embax
+import embax.nnx.checkpoint
 import embax.nnx.embed
 
 VOCABULARY, DIM, IDS = 100_000, 16, 8
@@ -71,6 +73,22 @@ def train_step(model: Model, optimizer: nnx.Optimizer, packed, labels: jax.Array
     return value
 
 
+def draw(seed: int, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32[batch, ids] and float32[batch]: the batch of a step, the same whatever came before, so that training can resume."""
+    rng = np.random.default_rng((seed, step))
+    ids = (VOCABULARY * rng.random((batch_size, IDS)) ** 4).astype(np.int32)  # small ids are frequent
+    hidden = np.random.default_rng(seed).normal(size=VOCABULARY)
+    return ids, (hidden[ids].sum(axis=1) > 0).astype(np.float32)
+
+
+def resume(folder: Path, model: Model, optimizer: nnx.Optimizer) -> int:
+    """Restores the newest checkpoint in a folder, saved by however many processes; the step that it was saved after, else 0."""
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    if steps:
+        embax.nnx.checkpoint.restore(folder / str(max(steps)), model, optimizer)
+    return max(steps, default=0)
+
+
 def main() -> None:
     """Trains, and prints the loss now and then; the first process speaks for all."""
     parser = argparse.ArgumentParser(
@@ -80,6 +98,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=512, help="samples a step, of all processes together")
     parser.add_argument("--local-devices", type=int, default=1, help="virtual CPU devices of each process")
     parser.add_argument("--seed", type=int, default=0, help="of initial values and batches")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="folder that all processes see: training goes on from the newest one"
+    )
+    parser.add_argument("--save-every", type=int, default=100, help="steps from one checkpoint to the next")
     options = parser.parse_args()
 
     jax.config.update("jax_num_cpu_devices", options.local_devices)
@@ -98,20 +120,22 @@ def main() -> None:
     for node in (model, optimizer):  # what is not a table is replicated
         nnx.update(node, jax.device_put(nnx.state(node), embax.nnx.embed.get_named_sharding(node, mesh)))
 
-    rng = np.random.default_rng(options.seed)
-    hidden = rng.normal(size=VOCABULARY)
     by_sample = jax.sharding.NamedSharding(mesh, jax.P("devices"))
     own = np.split(np.arange(options.batch_size), processes)[process]
+    done = 0 if options.checkpoints is None else resume(options.checkpoints, model, optimizer)
+    if process == 0 and done:
+        print(f"resumed after step {done}")
     losses = []
-    for step in range(1, options.steps + 1):
-        ids = (VOCABULARY * rng.random((options.batch_size, IDS)) ** 4).astype(np.int32)  # small ids are frequent
-        labels = (hidden[ids].sum(axis=1) > 0).astype(np.float32)
+    for step in range(done + 1, options.steps + 1):
+        ids, labels = draw(options.seed, step, options.batch_size)
         packed = model.embed.preprocess({"items": ids[own]})
         losses.append(
             float(train_step(model, optimizer, packed, jax.make_array_from_process_local_data(by_sample, labels[own])))
         )
         if process == 0 and step % REPORT_EVERY == 0:
-            print(f"step {step}: loss {np.mean(losses[-REPORT_EVERY:]):.6f}")
+            print(f"step {step}: loss {np.mean(losses[-REPORT_EVERY:]):.6f}", flush=True)
+        if options.checkpoints is not None and step % options.save_every == 0:
+            embax.nnx.checkpoint.save(options.checkpoints / str(step), model, optimizer)
     jax.distributed.shutdown()
 
 
