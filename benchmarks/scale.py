@@ -10,6 +10,7 @@ Run it with: python -m benchmarks.scale
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +200,7 @@ def main() -> None:
     lines = [
         "One device's part of a step (Adagrad, float32) whose table and batch grow with the number of devices: "
         f"{SETTINGS[0].rows:,} rows x {SETTINGS[0].dim} and {SETTINGS[0].batch:,} samples x {SETTINGS[0].valency} ids a device. "
-        "`exchanged` is what all-to-all operations give a device, `memory` the most that temporary buffers hold, both by the model; "
+        "`exchanged` is what all-to-all operations give a device, `memory` the most that temporary buffers hold, by the model; "
         "`compiled` the same of the program that XLA compiled for CPU devices, and `—` where none was compiled. Times are "
         f"computed, not measured: links of {LINK_BYTES_PER_S / 1e9:.0f} GB/s a device and direction, rows in memory at "
         f"{ROW_BYTES_PER_S / 1e9:.0f} GB/s, {LATENCY_S * 1e6:.0f} us a collective.",
@@ -212,8 +213,9 @@ def main() -> None:
             exchanged = memory = "—"
             if num_devices in COMPILED:
                 one, compiled = compile_step(setting, num_devices)
-                exchanged = f"{collective_bytes(compiled.as_text())['all-to-all'] / 1e6:.1f}"
-                memory = f"{compiled.memory_analysis().temp_size_in_bytes / 1e6:.1f}"
+                exchanged = f"{collective_bytes(str(compiled.as_text()))['all-to-all'] / 1e6:.1f}"
+                analysis: Any = compiled.memory_analysis()
+                memory = f"{analysis.temp_size_in_bytes / 1e6:.1f}"
             else:
                 _, packed = setting.packed(num_devices, 1)
                 one = model(setting, num_devices, packed, setting.ids(num_devices, 1))

@@ -1,7 +1,10 @@
 """Stacking and packing against the released reference, bit for bit. `make test-reference` runs this; elsewhere it skips."""
 
 import dataclasses
+import importlib
+import inspect
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -11,10 +14,16 @@ import pytest
 from hypothesis import given, settings
 
 import embax
+from embax.compat.sparsecore.lib.core import input_preprocessing as our_input_preprocessing
+from embax.compat.sparsecore.lib.core import pybind_input_preprocessing as our_pybind
+from embax.compat.sparsecore.lib.nn import embedding as our_embedding
+from embax.compat.sparsecore.lib.nn import embedding_spec as our_specs
+from embax.compat.sparsecore.lib.nn import table_stacking as our_stacking
 
 pytest.importorskip("jax_tpu_embedding", reason="jax-tpu-embedding is not installed; `make test-reference` installs it")
 
-from jax_tpu_embedding.sparsecore.lib.nn import embedding, table_stacking
+from jax_tpu_embedding.sparsecore.lib.core import input_preprocessing, pybind_input_preprocessing
+from jax_tpu_embedding.sparsecore.lib.nn import embedding, embedding_spec, table_stacking
 
 from benchmarks.peer import check_equal_packing, from_peer, peer_pack, peer_specs
 
@@ -431,3 +440,203 @@ def test_samples_of_weight_zero_are_nan_in_the_reference_alone():
     np.testing.assert_array_equal(packed.lhs_gains["t"][entries], np.float32([np.nan, np.nan, 1, 1]))
     mine = embax.preprocess([ids], [weights], specs=ours)
     np.testing.assert_array_equal(mine.gains[entries], np.float32([0, 0, 1, 1]))
+
+
+def mirrored(theirs):
+    """Specs of `embax.compat` with the fields and the placement of the reference's."""
+    tables, stacks = {}, {}
+
+    def feature(one):
+        table, stack = one.table_spec, one.table_spec._stacked_table_spec
+        if table.name not in tables:
+            fields = {field.name: getattr(table, field.name) for field in dataclasses.fields(table) if field.init}
+            optimizer = our_specs.SGDOptimizerSpec(table.optimizer.learning_rate)
+            if stack.stack_name not in stacks:
+                of_stack = {field.name: getattr(stack, field.name) for field in dataclasses.fields(stack)}
+                stacks[stack.stack_name] = our_specs.StackedTableSpec(**of_stack | {"optimizer": optimizer})
+            setting = our_specs.TableSettingInStack(**dataclasses.asdict(table.setting_in_stack))
+            placed = {"_stacked_table_spec": stacks[stack.stack_name], "_setting_in_stack": setting}
+            tables[table.name] = our_specs.TableSpec(**fields | placed | {"optimizer": optimizer})
+        return our_specs.FeatureSpec(
+            name=one.name,
+            table_spec=tables[table.name],
+            input_shape=one.input_shape,
+            output_shape=one.output_shape,
+            _id_transformation=our_specs.FeatureIdTransformation(**dataclasses.asdict(one.id_transformation)),
+        )
+
+    return {name: feature(one) for name, one in theirs.items()}
+
+
+def check_buffers(mine, theirs, num_sparsecores, parts):
+    """That the arrays of stacks are equal, bit for bit, up to the last row pointer of each of `parts` SparseCores."""
+    assert mine[0].keys() == theirs[0].keys()
+    for stack, pointers in mine[0].items():
+        np.testing.assert_array_equal(pointers, theirs[0][stack], strict=True)
+        ends = -(-pointers.reshape(parts, -1)[:, num_sparsecores - 1] // 8) * 8
+        written = np.arange(mine[1][stack].size // parts) < ends[:, None]
+        for array, other in zip(mine[1:4], theirs[1:4], strict=True):
+            assert array[stack].shape == other[stack].shape
+            a, b = (side[stack].reshape(parts, -1)[written].view(np.int32) for side in (array, other))
+            np.testing.assert_array_equal(a, b)
+
+
+@differential
+@given(problems(), st.booleans(), st.sampled_from([0, 10**6]))
+def test_the_low_level_of_compat_equals_the_reference(problem, leading, shift):
+    """Also on ids beyond the vocabulary, which lie in other rows, or in none."""
+    specs = mirrored(problem.theirs)
+    names = list(specs)
+    ids = [peer_array([[id_ + shift for id_ in row] for row in problem.rows[name]], np.int32) for name in names]
+    arguments = problem.local_devices, problem.devices
+    options = {"num_sc_per_device": problem.sparsecores, "has_leading_dimension": leading, "allow_id_dropping": True}
+    sides = [
+        module.preprocess_sparse_dense_matmul_input(ids, None, [tree[name] for name in names], *arguments, **options)
+        for module, tree in ((our_pybind, specs), (pybind_input_preprocessing, problem.theirs))
+    ]
+    N, parts = problem.devices * problem.sparsecores, problem.local_devices * problem.sparsecores
+    check_buffers(sides[0][:4], sides[1][:4], N, parts)
+    assert sides[0][4] == sides[1][4]
+    for field in ("max_ids_per_partition", "max_unique_ids_per_partition", "required_buffer_sizes"):
+        mine, other = (getattr(side[5], field) for side in sides)
+        jax.tree.map(np.testing.assert_array_equal, mine, dict(other))
+
+
+@differential
+@given(problems())
+def test_compat_stacks_and_sizes_equal_those_of_the_reference(problem):
+    specs = mirrored(problem.theirs)
+    N = problem.devices * problem.sparsecores
+    rng = np.random.default_rng(0)
+    tables = {
+        name: rng.normal(size=(table.vocabulary_size, table.embedding_dim)).astype(np.float32)
+        for name, table in our_embedding.get_table_specs(specs).items()
+        if table.vocabulary_size <= 3000
+    }
+    for minibatching in (False, True):
+        sizes = problem.devices, problem.sparsecores, minibatching
+        expected = embedding.compute_coo_buffer_size_per_device(problem.theirs, *sizes)
+        assert our_embedding.compute_coo_buffer_size_per_device(specs, *sizes) == expected
+    small = len(tables) == len(our_embedding.get_table_specs(specs))
+    if small:
+        stacked = [
+            module.stack_and_shard_tables(functions.get_table_specs(tree), tables, N)
+            for module, functions, tree in (
+                (our_stacking, our_embedding, specs),
+                (table_stacking, embedding, problem.theirs),
+            )
+        ]
+        jax.tree.map(np.testing.assert_array_equal, *map(dict, stacked))
+
+
+@differential
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 4]))
+def test_whole_buffers_equal_those_of_the_reference(seed, devices):
+    rng = np.random.default_rng(seed)
+    batches = [[rng.integers(0, 60, rng.integers(0, 6)) for _ in range(8)] for _ in range(2)]
+    weights = [[rng.normal(size=len(row)).astype(np.float32) for row in batch] for batch in batches]
+    mesh = SimpleNamespace(devices=np.arange(devices))
+    options = {"max_ids_per_partition": 20, "max_unique_ids_per_partition": 20, "num_sc_per_device": 4}
+    for arguments in (
+        (batches[0], weights[0], mesh, options),
+        (batches, weights, mesh, options | {"enable_minibatching": True}),
+    ):
+        ours, theirs = (
+            module.preprocess_sparse_dense_matmul_input(*arguments[:3], **arguments[3])
+            for module in (our_input_preprocessing, input_preprocessing)
+        )
+        for mine, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("leading", [False, True])
+def test_initial_values_equal_those_of_the_reference(leading):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("x", None, None) if leading else jax.P("x", None))
+    sides = []
+    normal = jax.nn.initializers.normal(1.0)
+    for functions, specs in ((our_embedding, our_specs), (embedding, embedding_spec)):
+        tables = [
+            specs.TableSpec(
+                name=name,
+                vocabulary_size=vocabulary,
+                embedding_dim=dim,
+                initializer=normal,
+                optimizer=optimizer,
+                combiner="sum",
+            )
+            for name, vocabulary, dim, optimizer in [
+                ("z", 100, 6, specs.FTRLOptimizerSpec()),
+                ("b", 300, 5, specs.FTRLOptimizerSpec()),
+                ("c", 9, 20, specs.AdamOptimizerSpec()),
+            ]
+        ]
+        features = [
+            specs.FeatureSpec(
+                name=table.name, table_spec=table, input_shape=(32, 1), output_shape=(32, table.embedding_dim)
+            )
+            for table in tables
+        ]
+        functions.auto_stack_tables(features, len(jax.devices()), 4)
+        functions.prepare_feature_specs_for_training(features, len(jax.devices()), 4)
+        with jax.numpy_dtype_promotion("standard"):
+            sides.append(
+                functions.init_embedding_variables(jax.random.key(3), functions.get_table_specs(features), sharding, 4)
+            )
+    ours, theirs = ({name: (state.table, *state.slot) for name, state in side.items()} for side in sides)
+    jax.tree.map(np.testing.assert_array_equal, ours, dict(theirs))
+
+
+MIRRORED = (
+    "lib.nn.embedding",
+    "lib.nn.embedding_spec",
+    "lib.nn.table_stacking",
+    "lib.core.constants",
+    "lib.core.input_preprocessing",
+    "lib.fdo.fdo_client",
+    "lib.fdo.file_fdo_client",
+    "lib.fdo.csv_file_fdo_client",
+    "utils.utils",
+)
+"""Modules of which the mirror has everything by now."""
+
+ABSENT = {"_round_up_to", "estimate_preprocessing_parameters"}
+"""Names of the wheel that the mirrored commit does not have."""
+
+
+def parameters_of(function):
+    return [(p.name, p.kind, p.default is p.empty) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("name", MIRRORED)
+def test_public_names_and_arguments_are_those_of_the_reference(name):
+    ours = importlib.import_module(f"embax.compat.sparsecore.{name}")
+    theirs = importlib.import_module(f"jax_tpu_embedding.sparsecore.{name}")
+    for attribute, value in vars(theirs).items():
+        own = getattr(value, "__module__", None) == theirs.__name__
+        if not own or attribute.startswith("_") or attribute in ABSENT or not callable(value):
+            continue
+        mine = getattr(ours, attribute)
+        if inspect.isfunction(value):
+            assert parameters_of(mine) == parameters_of(value), attribute
+        elif inspect.isclass(value):
+            for method, function in vars(value).items():
+                if inspect.isfunction(function) and not method.startswith("_") and method != "replace":
+                    assert parameters_of(getattr(mine, method)) == parameters_of(function), f"{attribute}.{method}"
+            if dataclasses.is_dataclass(value) and not attribute.endswith("OptimizerSpec"):
+                fields = [field.name for field in dataclasses.fields(value)]
+                assert {*fields} <= {field.name for field in dataclasses.fields(mine)}, attribute
+
+
+@pytest.mark.parametrize("step", [None, 0, 3, 1000])
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "AdagradMomentum", "FTRL", "LaProp", "F2A", "Custom"])
+def test_hyperparameters_are_those_of_the_reference(name, step):
+    ours, theirs = (getattr(specs, f"{name}OptimizerSpec")(0.3) for specs in (our_specs, embedding_spec))
+    with jax.numpy_dtype_promotion("standard"):
+        pairs = list(zip(ours.get_hyperparameters(step), theirs.get_hyperparameters(step), strict=True))
+    for mine, other in pairs:
+        assert mine.dtype == other.dtype
+        # Those of the reference cancel: 1 - b**t in float32.
+        np.testing.assert_allclose(mine, other, rtol=1e-5)
+    assert ours.get_float_params() == theirs.get_float_params()
+    assert ours.get_bool_params() == theirs.get_bool_params()

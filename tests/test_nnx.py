@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import embax
+import embax.nnx.embed as nnx_embed
 from embax.nnx.embed import EmbeddingVariablesParam, PartitionedOptimizer, SparseCoreEmbed
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -312,3 +313,23 @@ def test_slots_of_one_value_a_row_and_limits_reach_the_layer():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"embedding_var_limits has \['none'\], which are no stacks"):
         Model(embedding_var_limits={"none": (0, 1)})
+
+
+def test_a_function_that_closes_over_the_layer_takes_raw_ids():
+    layer = SparseCoreEmbed(feature_specs(), rngs=nnx.Rngs(0))
+    ids, _ = draw(np.random.default_rng(0))
+    served = jax.jit(lambda ids: layer(ids))(ids)
+    jax.tree.map(np.testing.assert_array_equal, served, layer(layer.preprocess(ids)))
+    np.testing.assert_array_equal(layer.invalid_ids.get_value(), 0)  # It could not be set from there.
+
+
+def test_shardings_and_filters():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    model = Model(mesh=mesh)
+    shardings = nnx.to_flat_state(nnx_embed.get_named_sharding(model, mesh))
+    for path, variable in shardings:
+        spec = jax.P("x") if path[-1] == "embedding_table" else jax.P()
+        assert {sharding.spec for sharding in jax.tree.leaves(variable.get_value())} == {spec}
+    tables, rest = nnx.state(model, nnx_embed.is_embedding_variables, nnx_embed.is_non_embedding_variables)
+    assert {path[-1] for path, _ in nnx.to_flat_state(tables)} == {"embedding_table", "lookups"}
+    assert {path[-1] for path, _ in nnx.to_flat_state(rest)} == {"kernel", "bias", "invalid_ids"}

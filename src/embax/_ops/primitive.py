@@ -56,15 +56,21 @@ def define(
         if backend in lower:
             mlir.register_lowering(primitive, functools.partial(lower_on, platform), platform=platform)
 
+    refuse_transformations(primitive, derivative=derivative, batching=batching)
+    return primitive
+
+
+def refuse_transformations(primitive: Primitive, *, derivative: str, batching: str) -> None:
+    """Makes differentiation and `vmap` of a primitive a ValueError with these remedies."""
+
     def refuse_derivative(*args: object, **params: object) -> NoReturn:
-        raise ValueError(f"{name} cannot be differentiated. {derivative}")
+        raise ValueError(f"{primitive.name} cannot be differentiated. {derivative}")
 
     def refuse_batching(*args: object, **params: object) -> NoReturn:
-        raise ValueError(f"{name} cannot be mapped by vmap. {batching}")
+        raise ValueError(f"{primitive.name} cannot be mapped by vmap. {batching}")
 
     ad.primitive_jvps[primitive] = refuse_derivative
     _batching.primitive_batchers[primitive] = refuse_batching
-    return primitive
 
 
 def bind(primitive: Primitive, *operands: Any, **params: Any) -> list[jax.Array]:

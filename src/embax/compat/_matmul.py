@@ -13,7 +13,7 @@ import numpy as np
 import embax
 from embax._matmul import checked_limits, lookup_features, update_features
 from embax._ops.unstack import stack_gradients, unstack_activations
-from embax._preprocess.buffers import PackedLayout, PreprocessedInput, StackLayout, make_layout
+from embax._preprocess.buffers import MAX_MINIBATCHES, PackedLayout, PreprocessedInput, StackLayout, make_layout
 from embax._stacking.plan import FeaturePlan, Plan, RowPlacement, StackPlan, TablePlan
 from embax.compat._placement import feature_leaves, sample_count, stack_of
 from embax.compat.sparsecore.lib.nn.embedding_spec import FeatureSpec, StackedTableSpec
@@ -93,7 +93,7 @@ def _packed(stack: Stack, plan: Plan, arrays: Sequence[Any], num_minibatches: An
     spec = stack.spec
     limits = np.array([[spec.max_ids_per_partition, spec.max_unique_ids_per_partition, arrays[1].size]], np.int64)
     batch = stack.sample_count // plan.num_devices
-    layout = make_layout(plan, (batch,), limits, minibatched=num_minibatches is not None)
+    layout = make_layout(plan, (batch,), limits, max_minibatches=0 if num_minibatches is None else MAX_MINIBATCHES)
     if num_minibatches is not None:
         num_minibatches = jnp.asarray(num_minibatches).reshape(-1)[:1].astype(jnp.int32)
     return PreprocessedInput(*arrays, layout=layout, num_minibatches=num_minibatches)

@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 
 from embax._checks import positive_int
@@ -128,6 +129,13 @@ def _read(connection: socket.socket, inbox: _Inbox, num_hosts: int) -> None:
             inbox.lose(host)
 
 
+def _close_all(sockets: Sequence[socket.socket]) -> None:
+    for one in sockets:
+        with contextlib.suppress(OSError):  # It may be closed by the other side.
+            one.shutdown(socket.SHUT_RDWR)  # Wakes what waits for it.
+        one.close()
+
+
 class PeerAllReduce(AllReduceInterface):
     """The interface of one host among several that reach each other by TCP. Hosts may be threads of one process.
 
@@ -151,22 +159,17 @@ class PeerAllReduce(AllReduceInterface):
         self._connections: list[socket.socket] | None = None
         self._sending = threading.Lock()
         self._inbox = _Inbox()
-        self._server: socket.socket | None = None
+        self._sockets: list[socket.socket] = []
+        self._close = weakref.finalize(self, _close_all, self._sockets)
         if host_count > 1:
-            self._server = socket.create_server(("", port))
-            arguments = (self._server, self._inbox, host_count)
+            server = socket.create_server(("", port))
+            self._sockets.append(server)
+            arguments = (server, self._inbox, host_count)
             threading.Thread(target=_listen, args=arguments, daemon=True).start()
 
-    def __del__(self) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Ends all connections; other hosts that wait for this one get an error."""
-        for end in (getattr(self, "_server", None), *(getattr(self, "_connections", None) or ())):
-            if end is not None:
-                with contextlib.suppress(OSError):  # It may be closed by the other side.
-                    end.shutdown(socket.SHUT_RDWR)  # Wakes what waits for it.
-                end.close()
+        """Ends all connections; other hosts that wait for this one get an error. What is not used any more closes itself."""
+        self._close()
 
     def bitwise_or(self, key: int, value: int) -> int:
         """See `embax.AllReduceInterface`.
@@ -183,6 +186,7 @@ class PeerAllReduce(AllReduceInterface):
         with self._sending:
             if self._connections is None:
                 self._connections = self._connect(deadline)
+                self._sockets += self._connections
             for connection in self._connections:
                 try:
                     connection.sendall(message)

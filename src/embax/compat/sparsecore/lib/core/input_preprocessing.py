@@ -47,7 +47,10 @@ def _rows(name: str, batch: Any) -> Any:
     rank = np.ndim(batch) if not isinstance(batch, (list, tuple)) else None
     if rank not in (None, 1, 2) or (rank == 1 and np.asarray(batch).dtype != object):
         raise ValueError(f"{name} must be a 2-d array, or a list of 1-d arrays, but got an array of rank {rank}.")
-    return batch if rank == 2 else [np.asarray(row) for row in batch]
+    if rank == 2 and np.asarray(batch).dtype != object:
+        return batch
+    # Also of rank 2: so NumPy makes an object array of rows that have one length.
+    return [np.array(list(row)) for row in batch]
 
 
 def preprocess_sparse_dense_matmul_input(

@@ -97,9 +97,14 @@ class SparseDenseMatmulInput(NamedTuple):
     lhs_gains: Mapping[str, Any]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseDenseMatmulInputStats(_stats.SparseDenseMatmulInputStats):
-    """Counts of one packed batch: see `embax.SparseDenseMatmulInputStats`."""
+    """Counts of one packed batch: see `embax.SparseDenseMatmulInputStats`. A pytree."""
+
+    def replace(self, **changes: Any) -> "SparseDenseMatmulInputStats":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
 
     @classmethod
     def of(cls, stats: _stats.SparseDenseMatmulInputStats) -> "SparseDenseMatmulInputStats":
@@ -476,6 +481,11 @@ def _primitive(name: str) -> Any:
     return getattr(importlib.import_module(f"{_PRIMITIVES}.{name}"), f"tpu_{name}_primitive")
 
 
+def _sparsecores_parameter(sparsecores: int) -> dict[str, int]:
+    """What the stacking primitives are told beside the reference's parameters, where shapes do not tell it."""
+    return {} if sparsecores == utils.num_sparsecores_per_device() else {"num_sparsecores_per_device": sparsecores}
+
+
 def unstack_embedding_activations(
     activations: Mapping[str, jax.Array],
     feature_specs: Any,
@@ -508,6 +518,7 @@ def unstack_embedding_activations(
                     _placement.sample_count(feature) // global_device_count for _, feature in stack.features
                 ),
                 per_feature_dims=tuple(feature.table_spec.embedding_dim for _, feature in stack.features),
+                **_sparsecores_parameter(num_sc_per_device),
             )
         else:
             parts[name] = _matmul.unstack(stack, activations[name], global_device_count, num_sc_per_device)
@@ -637,6 +648,7 @@ def stack_embedding_gradients(
             *_matmul.prepare_gradients(stack, gradients),
             stacked_batch_size=stack.sample_count // global_device_count,
             stacked_feature_dim=stack.spec.stack_embedding_dim,
+            **_sparsecores_parameter(num_sc_per_device),
         )
     return stacked
 
@@ -821,13 +833,17 @@ def init_embedding_variables(
             keys: jax.Array, tables: list[embedding_spec.TableSpec] = tables, slots: Any = slots
         ) -> EmbeddingVariables:
             def make(initializer_of: Callable[[embedding_spec.TableSpec], Any]) -> jax.Array:
-                parts = []
-                for sparsecore in range(sparsecores):
+                def on_sparsecore(key: jax.Array) -> jax.Array:
+                    parts = []
                     for table in tables:
                         setting = table.setting_in_stack
                         shape = (setting.padded_vocab_size // num_keys, setting.padded_embedding_dim)
-                        parts.append(jnp.asarray(initializer_of(table)(keys[sparsecore], shape), jnp.float32))
-                array = jnp.concatenate(parts)
+                        parts.append(jnp.asarray(initializer_of(table)(key, shape), jnp.float32))
+                    return jnp.concatenate(parts)
+
+                # One after another, so that what initializers need beside their result is small.
+                array = jax.lax.map(on_sparsecore, keys)
+                array = array.reshape(-1, array.shape[-1])
                 return array if len(spec) == 2 else array[None]
 
             table = make(lambda table: table.initializer)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,14 @@ def num_devices() -> int:
     """Devices that what is traced runs on, each with its part: those of the manual axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in mesh.manual_axes)
+
+
+def sharded_axis() -> Any:
+    """The manual axis, or a tuple of them, that tables are sharded over; None on one device."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    if num_devices() == 1:
+        return None
+    return axes[0] if len(axes) == 1 else tuple(axes)
 
 
 def _sparsecores_per_device(num_row_pointers: int, devices: int, minibatched: bool, given: int | None) -> int:

@@ -2,11 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import mlir
+
+from embax._ops.primitive import refuse_transformations
 
 
 def define(
@@ -40,15 +42,9 @@ def define(
         lower_on_tpu = mlir.lower_fun(on_tpu, multiple_results=multiple_results)
         mlir.register_lowering(primitive, lower_on_tpu, platform="tpu")
 
-    def refuse_derivative(*args: object, **params: object) -> NoReturn:
-        raise ValueError(
-            f"{name} cannot be differentiated. Differentiate with respect to the activations, and pass the gradients to the "
-            "primitive of an optimizer."
-        )
-
-    def refuse_batching(*args: object, **params: object) -> NoReturn:
-        raise ValueError(f"{name} cannot be mapped by vmap. Make one larger batch instead.")
-
-    ad.primitive_jvps[primitive] = refuse_derivative
-    batching.primitive_batchers[primitive] = refuse_batching
+    refuse_transformations(
+        primitive,
+        derivative="Differentiate with respect to the activations, and pass the gradients to the primitive of an optimizer.",
+        batching="Make one larger batch instead.",
+    )
     return primitive

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 
+from embax._ops.across_devices import update_across
 from embax._ops.backend import backend_on, chosen_backend
 from embax._ops.row_update import RowLimits
-from embax._ops.update import update_stacks
-from embax.compat.sparsecore.lib.core.primitives._batch import make_batch, only_minibatch
+from embax.compat.sparsecore.lib.core.primitives._batch import make_batch, only_minibatch, sharded_axis
 from embax.compat.sparsecore.lib.core.primitives._checks import (
     NUM_MINIBATCHES,
     PACKED,
@@ -95,7 +95,8 @@ def update(
     given: Any = tuple(hyperparameters)
 
     def step(batch, states):
-        return update_stacks(batch, [gradient], [tuple(states)], [], geometry, given, [limits])[0]
+        axis = sharded_axis()
+        return update_across(batch, [gradient], [tuple(states)], [], geometry, axis, given, [limits])[0]
 
     if in_order or geometry.max_minibatches < 2:
         return step(batch, states)

@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
+from embax._ops.across_devices import lookup_across
 from embax._ops.backend import use_backend
-from embax._ops.lookup import lookup_stacks
-from embax.compat.sparsecore.lib.core.primitives._batch import make_batch
+from embax.compat.sparsecore.lib.core.primitives._batch import make_batch, sharded_axis
 from embax.compat.sparsecore.lib.core.primitives._checks import (
     NUM_MINIBATCHES,
     PACKED,
@@ -62,7 +62,7 @@ def _look_up(
         num_sparsecores=num_sparsecores_per_device,
         quantization=quantization_config,
     )
-    return lookup_stacks(batch, [table], geometry)[0]
+    return lookup_across(batch, [table], geometry, sharded_axis())[0]
 
 
 def _look_up_off_tpu(*operands: jax.Array, quantization_config: Any = None, **params: Any) -> jax.Array:
