@@ -69,9 +69,7 @@ def problem():
     specs = embedding.get_table_specs(features)
     sharding = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("x",)), P("x", None))
     variables = embedding.init_embedding_variables(jax.random.key(0), specs, sharding, SPARSECORES, True)
-    packed, _ = embedding.preprocess_sparse_dense_matmul_input(
-        ids, None, features, 1, 1, num_sc_per_device=SPARSECORES
-    )
+    packed, _ = embedding.preprocess_sparse_dense_matmul_input(ids, None, features, 1, 1, num_sc_per_device=SPARSECORES)
     activations, new = jax.jit(step_of(features, 1, False))(packed, variables, gradients)
     whole = functools.partial(table_stacking.unshard_and_unstack_tables, specs, num_shards=SPARSECORES)
     old, new = (whole(by_sparsecore(state, SPARSECORES)) for state in (variables, new))
@@ -82,7 +80,6 @@ def problem():
 @pytest.mark.parametrize(
     ("shape", "axes", "minibatching"),
     [
-        ({"x": 2}, "x", False),
         ({"x": 4}, "x", True),
         ({"p": 2, "q": 2}, ("p", "q"), False),
         ({"p": 1, "q": 2}, ("p", "q"), True),
@@ -115,7 +112,8 @@ def test_a_step_on_several_devices_is_that_on_one(shape, axes, minibatching):
     step = step_of(features, devices, minibatching)
     if axes is None:
         gradients, shards = (
-            jax.tree.map(lambda a: np.asarray(a).reshape(devices, -1, a.shape[-1]), tree) for tree in (gradients, shards)
+            jax.tree.map(lambda a: np.asarray(a).reshape(devices, -1, a.shape[-1]), tree)
+            for tree in (gradients, shards)
         )
         step = jax.pmap(step, devices=jax.devices()[:devices])
     else:
@@ -133,9 +131,7 @@ def test_a_step_on_several_devices_is_that_on_one(shape, axes, minibatching):
 def test_axes_that_cannot_be_told():
     ids, _, _, _ = problem()
     features = features_of(2)
-    packed, _ = embedding.preprocess_sparse_dense_matmul_input(
-        ids, None, features, 2, 2, num_sc_per_device=SPARSECORES
-    )
+    packed, _ = embedding.preprocess_sparse_dense_matmul_input(ids, None, features, 2, 2, num_sc_per_device=SPARSECORES)
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("p", "q"))
     sharding = NamedSharding(mesh, P("p", None))
     variables = embedding.init_embedding_variables(
