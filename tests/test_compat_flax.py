@@ -33,8 +33,9 @@ def features_of(devices, optimizer=None, vocabulary=100):
     return placed(features, devices, SPARSECORES)
 
 
-def mesh_of(shape):
-    return Mesh(np.array(jax.devices()[: math.prod(shape.values())]).reshape(*shape.values()), tuple(shape))
+def mesh_of(shape, axis_type=jax.sharding.AxisType.Auto):
+    devices = np.array(jax.devices()[: math.prod(shape.values())]).reshape(*shape.values())
+    return Mesh(devices, tuple(shape), axis_types=(axis_type,) * len(shape))
 
 
 def ids_of(seed=0):
@@ -165,16 +166,16 @@ def train_nnx(features, axis, mesh, tables, devices, **options):
 
 @pytest.mark.parametrize("train", [train_linen, train_nnx])
 @pytest.mark.parametrize(
-    ("shape", "axis", "options"),
+    ("shape", "axis", "axis_type", "options"),
     [
-        ({"x": 2}, "x", {"enable_minibatching": True}),
-        ({"p": 2, "q": 2}, "q", {}),
-        ({"p": 2, "q": 2}, ("q", "p"), {}),
+        ({"x": 2}, "x", jax.sharding.AxisType.Auto, {"enable_minibatching": True}),
+        ({"p": 2, "q": 2}, "q", jax.sharding.AxisType.Explicit, {}),
+        ({"p": 2, "q": 2}, ("q", "p"), jax.sharding.AxisType.Auto, {}),
     ],
     ids=str,
 )
-def test_steps_are_those_of_the_functional_form(train, shape, axis, options, standard_promotion):
-    mesh = mesh_of(shape)
+def test_steps_are_those_of_the_functional_form(train, shape, axis, axis_type, options, standard_promotion):
+    mesh = mesh_of(shape, axis_type)
     devices = math.prod(shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
     first, results = expected()
     got = train(features_of(devices), axis, mesh, first, devices, **options)

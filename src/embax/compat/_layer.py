@@ -22,14 +22,16 @@ def default_mesh(sharding_axis: str | tuple[str, ...]) -> Mesh:
     Raises:
         ValueError: all devices are not along one axis, or the mesh in context is not known since this is traced.
     """
-    axes = (sharding_axis,) if isinstance(sharding_axis, str) else tuple(sharding_axis)
+    axes = [sharding_axis] if isinstance(sharding_axis, str) else list(sharding_axis)
     shape = dict(jax.sharding.get_abstract_mesh().shape)
     in_context = set(axes) <= set(shape)
     if in_context:
         with contextlib.suppress(ValueError):  # Inside jit only its shape is known.
             return jax.sharding.get_mesh()
-    if len(axes) > 1 or (in_context and shape != {axes[0]: jax.device_count()}):
-        raise ValueError(f"SparseCoreEmbed: pass mesh=, a jax.sharding.Mesh whose axes {axes} tables are sharded over.")
+    if len(axes) > 1 or (in_context and shape != dict.fromkeys(axes, jax.device_count())):
+        raise ValueError(
+            f"SparseCoreEmbed: pass mesh=, a jax.sharding.Mesh whose axes {tuple(axes)} tables are sharded over."
+        )
     return Mesh(np.array(jax.devices()), axes)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import embax
+from embax._mesh import TableMesh
 from embax._preprocess import stats as _stats
 from embax._stacking import stack as _stack
 from embax._stacking.parameters import changed_limits
@@ -821,9 +822,9 @@ def init_embedding_variables(
     sparsecores = _num_sc_per_device(num_sparsecore_per_device)
     mesh: Any = global_sharding.mesh
     spec = global_sharding.spec
-    devices = int(np.prod([mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,))]))
+    over: Any = TableMesh.checked(mesh, axis)
     stacks = table_stacking.get_table_stacks(table_specs)
-    num_keys = devices * sparsecores
+    num_keys = over.num_devices * sparsecores
     variables = {}
     for number, (name, tables) in enumerate(stacks.items()):
         tables = sorted(tables, key=lambda table: table.setting_in_stack.row_offset_in_shard)
@@ -853,9 +854,7 @@ def init_embedding_variables(
             rng: jax.Array, number: int = number, on_device: Callable[..., EmbeddingVariables] = on_device
         ) -> EmbeddingVariables:
             keys = jax.random.split(rng, num_keys * len(stacks))[number * num_keys : (number + 1) * num_keys]
-            return jax.shard_map(on_device, mesh=mesh, in_specs=PartitionSpec(axis), out_specs=spec, check_vma=False)(
-                keys
-            )
+            return over.shard_map(on_device, (PartitionSpec(axis),), spec)(keys)
 
         variables[name] = jax.jit(init, out_shardings=utils.embedding_table_format(mesh, spec))(rng)
     return variables
