@@ -121,7 +121,7 @@ def _forward(settings, variables, lookups, packed, step):
     updates, of_gains = perturbed((variables, lookups)), perturbed(packed)
     variables, lookups, packed, step = jax.tree.map(lambda leaf: leaf.value, (variables, lookups, packed, step))
     if updates:
-        note_differentiated(variables, settings.frozen)
+        note_differentiated({stack.name: variables[stack.name] for stack in settings.plan.stacks}, settings.frozen)
     features, stacked = _lookup(settings, variables, packed)
     return features, (variables, lookups, packed, step, stacked, _flag(updates), _flag(of_gains))
 
