@@ -46,6 +46,20 @@ else:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_layers_are_found_too():
+    done = run(
+        INSTALLED
+        + """
+from jax_tpu_embedding.sparsecore.lib.flax.linen import embed, embed_optimizer
+from jax_tpu_embedding.sparsecore.lib.flax.nnx import embed as nnx_embed
+import embax.compat.sparsecore.lib.flax.linen.embed as ours
+assert embed is ours and nnx_embed.__name__ == "embax.compat.sparsecore.lib.flax.nnx.embed"
+assert embed_optimizer.create_optimizer_for_sc_model
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_has_been_imported_already_is_not_replaced(tmp_path):
     (tmp_path / "jax_tpu_embedding").mkdir()
     (tmp_path / "jax_tpu_embedding" / "__init__.py").touch()

@@ -9,6 +9,7 @@ gradients as any array has, so that those of sample weights that were packed ins
 import dataclasses
 import functools
 import weakref
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -61,14 +62,19 @@ class LookupSettings:
         return len(self.frozen) == len(self.plan.stacks)
 
 
-def _note_differentiated(variables: dict[str, Any], settings: LookupSettings) -> None:
-    for stack in settings.plan.stacks:
-        table = jax.tree.leaves(variables[stack.name])[0]
-        if stack.name in settings.frozen or not isinstance(table, jax.core.Tracer):
+def note_differentiated(variables: Mapping[str, Any], frozen: Collection[str] = ()) -> None:
+    """Notes that a lookup of the variables of some stacks is differentiated.
+
+    Raises:
+        ValueError: one of them was looked up before in what is traced, and is not frozen.
+    """
+    for name, state in variables.items():
+        table = jax.tree.leaves(state)[0]
+        if name in frozen or not isinstance(table, jax.core.Tracer):
             continue
         if _differentiated.get(id(table)) is table:
             raise ValueError(
-                f"Stack {stack.name!r} is looked up twice in one differentiated step. The backward pass of a lookup "
+                f"Stack {name!r} is looked up twice in one differentiated step. The backward pass of a lookup "
                 "updates the tables, and two updates of one table cannot be added. Look both batches up in one call (as "
                 "features that share the table, or as one larger batch), differentiate once, or use embax.lookup, "
                 "embax.sparse_gradients of each batch and embax.apply_sparse_gradients of their sum."
@@ -115,7 +121,7 @@ def _forward(settings, variables, lookups, packed, step):
     updates, of_gains = perturbed((variables, lookups)), perturbed(packed)
     variables, lookups, packed, step = jax.tree.map(lambda leaf: leaf.value, (variables, lookups, packed, step))
     if updates:
-        _note_differentiated(variables, settings)
+        note_differentiated({stack.name: variables[stack.name] for stack in settings.plan.stacks}, settings.frozen)
     features, stacked = _lookup(settings, variables, packed)
     return features, (variables, lookups, packed, step, stacked, _flag(updates), _flag(of_gains))
 

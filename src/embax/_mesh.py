@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -120,8 +121,9 @@ class TableMesh:
 
     def _as_explicit(self, spec: jax.P, array: Any) -> Any:
         """The array in the sharding that shard_map asks for where the axes of a mesh are explicit, and it reshards nothing."""
-        if not _explicit(self.mesh) or not isinstance(array, jax.Array):
+        if not _explicit(self.mesh) or not isinstance(array, jax.Array | np.ndarray):
             return array
+        array = jnp.asarray(array)
         full = jax.P(*spec, *(None,) * (array.ndim - len(spec)))
         if jax.typeof(array).sharding.spec == full:
             return array

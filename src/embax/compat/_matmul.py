@@ -108,25 +108,25 @@ def _check_table(name: str, table: Any, num_sparsecores_per_device: int) -> None
         )
 
 
-def _axis(devices: int) -> dict[str, Any]:
-    """The axes that tables are sharded over, where `jax.shard_map` has several: those that together have so many devices.
+def _axis(devices: int, axis_name: Any) -> Any:
+    """The axes that tables are sharded over: those given, or where `jax.shard_map` has several those of so many devices.
 
     Raises:
         ValueError: they cannot be told.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(mesh.manual_axes)
-    if devices == 1 or len(axes) < 2:
-        return {}
+    if devices == 1 or axis_name is not None or len(axes) < 2:
+        return axis_name
     if math.prod(mesh.shape[axis] for axis in axes) == devices:
-        return {"axis_name": axes}
+        return axes
     matching = [axis for axis in axes if mesh.shape[axis] == devices]
     if len(matching) != 1:
         raise ValueError(
             f"The tables are sharded over {devices} devices, and which of the axes {axes} of jax.shard_map, "
             f"of sizes {tuple(mesh.shape[axis] for axis in axes)}, these are cannot be told. Give it one axis, or all of theirs."
         )
-    return {"axis_name": matching[0]}
+    return matching[0]
 
 
 def _backend(stack: Stack) -> contextlib.AbstractContextManager:
@@ -137,7 +137,13 @@ def _backend(stack: Stack) -> contextlib.AbstractContextManager:
 
 
 def look_up(
-    stack: Stack, arrays: Sequence[Any], num_minibatches: Any, table: jax.Array, devices: int, sparsecores: int
+    stack: Stack,
+    arrays: Sequence[Any],
+    num_minibatches: Any,
+    table: jax.Array,
+    devices: int,
+    sparsecores: int,
+    axis_name: Any = None,
 ) -> jax.Array:
     """The activations of a stack on a device: float32[samples, dim].
 
@@ -148,6 +154,7 @@ def look_up(
         table: float32[rows on the device, dim].
         devices: devices that the table is sharded over.
         sparsecores: SparseCores of each.
+        axis_name: the axis of the mesh that it is sharded over, or a tuple of axes; None where these can be told.
     """
     stack.check_samples(devices, sparsecores)
     _check_table(stack.spec.stack_name, table, sparsecores)
@@ -155,7 +162,7 @@ def look_up(
     packed = _packed(stack, plan, arrays, num_minibatches)
     with _backend(stack):
         variables: Any = {stack.spec.stack_name: (table,)}
-        activations, _ = lookup_features(packed, variables, plan, **_axis(devices))
+        activations, _ = lookup_features(packed, variables, plan, _axis(devices, axis_name))
     return activations[0]
 
 
@@ -169,6 +176,8 @@ def update(
     sparsecores: int,
     step: int | jax.Array | None,
     limits: tuple[float | None, float | None],
+    axis_name: Any = None,
+    after: Sequence[jax.Array] = (),
 ) -> Any:
     """The new variables of a stack on a device, a tree like the old ones.
 
@@ -182,6 +191,8 @@ def update(
         sparsecores: SparseCores of each.
         step: the number of the step, or None.
         limits: what new rows of the table are clipped to.
+        axis_name: see `look_up`.
+        after: the activations, if XLA is to see that their lookup comes first.
     """
     stack.check_samples(devices, sparsecores)
     name, table = stack.spec.stack_name, jax.tree.leaves(variables)[0]
@@ -189,7 +200,8 @@ def update(
     plan = _plan(stack, table, devices, sparsecores, stack.spec.optimizer.as_embax())
     packed = _packed(stack, plan, arrays, num_minibatches)
     row_limits = checked_limits({name: limits}, plan)
-    return update_features([gradient], packed, {name: variables}, plan, step, (), row_limits, **_axis(devices))[name]
+    axis = _axis(devices, axis_name)
+    return update_features([gradient], packed, {name: variables}, plan, step, after, row_limits, axis)[name]
 
 
 def _layout_of_features(stack: Stack, dim: int, batches: Sequence[int], sparsecores: int) -> Any:

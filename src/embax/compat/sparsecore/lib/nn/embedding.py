@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import embax
+from embax._mesh import TableMesh
 from embax._preprocess import stats as _stats
 from embax._stacking import stack as _stack
 from embax._stacking.parameters import changed_limits
@@ -545,6 +546,27 @@ def _arrays_of(
     return {name: [array[name] for array in arrays] for name in stacks}, number
 
 
+def look_up_stacks(
+    preprocessed_inputs: PreprocessedInput | SparseDenseMatmulInput,
+    embedding_variables: Mapping[str, Any],
+    feature_specs: Any,
+    *,
+    devices: int,
+    sparsecores: int,
+    enable_minibatching: bool,
+    axis_name: Any = None,
+) -> dict[str, jax.Array]:
+    """`tpu_sparse_dense_matmul` without unstacking, where the axis of the mesh may be given that tables are sharded over."""
+    stacks = _matmul.stacks_of(feature_specs)
+    arrays, number = _arrays_of(preprocessed_inputs, stacks, embedding_variables, enable_minibatching)
+    return {
+        name: _matmul.look_up(
+            stack, arrays[name], number, embedding_variables[name][0], devices, sparsecores, axis_name
+        )
+        for name, stack in stacks.items()
+    }
+
+
 def tpu_sparse_dense_matmul(
     preprocessed_inputs: PreprocessedInput | SparseDenseMatmulInput,
     embedding_variables: Mapping[str, EmbeddingVariables],
@@ -578,14 +600,14 @@ def tpu_sparse_dense_matmul(
     """
     sharding_strategy_to_enum(sharding_strategy)
     sparsecores = _num_sc_per_device(num_sc_per_device)
-    stacks = _matmul.stacks_of(feature_specs)
-    arrays, number = _arrays_of(preprocessed_inputs, stacks, embedding_variables, enable_minibatching)
-    activations = {
-        name: _matmul.look_up(
-            stack, arrays[name], number, embedding_variables[name][0], global_device_count, sparsecores
-        )
-        for name, stack in stacks.items()
-    }
+    activations = look_up_stacks(
+        preprocessed_inputs,
+        embedding_variables,
+        feature_specs,
+        devices=global_device_count,
+        sparsecores=sparsecores,
+        enable_minibatching=enable_minibatching,
+    )
     if not perform_unstacking:
         return activations
     return unstack_embedding_activations(
@@ -679,28 +701,72 @@ def tpu_sparse_dense_matmul_grad(
     sharding_strategy_to_enum(sharding_strategy)
     sparsecores = _num_sc_per_device(num_sc_per_device)
     devices = jax.device_count() if global_device_count is None else global_device_count
-    stacks = _matmul.stacks_of(feature_specs)
-    arrays, number = _arrays_of(preprocessed_inputs, stacks, embedding_variables, enable_minibatching)
     gradients = activation_gradients
     if perform_stacking:
         gradients = stack_embedding_gradients(
             activation_gradients, feature_specs, sparsecores, devices, use_gradient_stacking_primitive
         )
     with jax.named_scope(label or "sparse_dense_matmul_grad"):
-        return {
-            name: _matmul.update(
-                stack,
-                arrays[name],
-                number,
-                gradients[name],
-                embedding_variables[name],
-                devices,
-                sparsecores,
-                step,
-                _limits_of(name, stack.spec.optimizer, embedding_var_limits),
-            )
-            for name, stack in stacks.items()
-        }
+        return update_stacks(
+            gradients,
+            preprocessed_inputs,
+            embedding_variables,
+            feature_specs,
+            devices=devices,
+            sparsecores=sparsecores,
+            enable_minibatching=enable_minibatching,
+            step=step,
+            embedding_var_limits=embedding_var_limits,
+        )
+
+
+def update_stacks(
+    gradients: Mapping[str, jax.Array],
+    preprocessed_inputs: PreprocessedInput | SparseDenseMatmulInput,
+    embedding_variables: Mapping[str, Any],
+    feature_specs: Any,
+    *,
+    devices: int,
+    sparsecores: int,
+    enable_minibatching: bool,
+    step: int | jax.Array | None = None,
+    embedding_var_limits: Mapping[str, tuple[float | None, float | None]] | None = None,
+    axis_name: Any = None,
+    activations: Mapping[str, jax.Array] | None = None,
+) -> dict[str, Any]:
+    """`tpu_sparse_dense_matmul_grad` of stacked gradients, where more may be given.
+
+    Args:
+        gradients: by stack float32[samples on the device, dim].
+        preprocessed_inputs: see `tpu_sparse_dense_matmul_grad`, as all that follow.
+        embedding_variables: of each stack the rows of this device.
+        feature_specs: the placed feature tree.
+        devices: devices that tables are sharded over.
+        sparsecores: SparseCores of each.
+        enable_minibatching: whether the batch was packed so.
+        step: the number of the step.
+        embedding_var_limits: what new rows are clipped to.
+        axis_name: the axis of the mesh that tables are sharded over, or a tuple of axes; None where these can be told.
+        activations: what `look_up_stacks` returned in the same jitted step, so that XLA sees that the lookup comes first.
+    """
+    stacks = _matmul.stacks_of(feature_specs)
+    arrays, number = _arrays_of(preprocessed_inputs, stacks, embedding_variables, enable_minibatching)
+    return {
+        name: _matmul.update(
+            stack,
+            arrays[name],
+            number,
+            gradients[name],
+            embedding_variables[name],
+            devices,
+            sparsecores,
+            step,
+            _limits_of(name, stack.spec.optimizer, embedding_var_limits),
+            axis_name,
+            () if activations is None else (activations[name],),
+        )
+        for name, stack in stacks.items()
+    }
 
 
 def _limits_of(name: str, optimizer: embedding_spec.OptimizerSpec, limits: Mapping[str, Any] | None) -> Any:
@@ -756,9 +822,9 @@ def init_embedding_variables(
     sparsecores = _num_sc_per_device(num_sparsecore_per_device)
     mesh: Any = global_sharding.mesh
     spec = global_sharding.spec
-    devices = int(np.prod([mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,))]))
+    over: Any = TableMesh.checked(mesh, axis)
     stacks = table_stacking.get_table_stacks(table_specs)
-    num_keys = devices * sparsecores
+    num_keys = over.num_devices * sparsecores
     variables = {}
     for number, (name, tables) in enumerate(stacks.items()):
         tables = sorted(tables, key=lambda table: table.setting_in_stack.row_offset_in_shard)
@@ -788,9 +854,7 @@ def init_embedding_variables(
             rng: jax.Array, number: int = number, on_device: Callable[..., EmbeddingVariables] = on_device
         ) -> EmbeddingVariables:
             keys = jax.random.split(rng, num_keys * len(stacks))[number * num_keys : (number + 1) * num_keys]
-            return jax.shard_map(on_device, mesh=mesh, in_specs=PartitionSpec(axis), out_specs=spec, check_vma=False)(
-                keys
-            )
+            return over.shard_map(on_device, (PartitionSpec(axis),), spec)(keys)
 
         variables[name] = jax.jit(init, out_shardings=utils.embedding_table_format(mesh, spec))(rng)
     return variables
