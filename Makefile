@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+WORKERS ?= 2
 CONSTRAINTS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_SEED ?= 1
@@ -39,8 +40,8 @@ examples: $(VENV)/.embax $(VENV)/.demo ## Train the retrieval and the next-word 
 	$(BIN)/python -m examples.retrieval
 	$(BIN)/python -m examples.next_word
 
-test: $(VENV)/.embax $(VENV)/.test ## Run all tests against the installed wheel (PYTEST_ARGS="-k name" selects)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.embax $(VENV)/.test ## Run all tests against the installed wheel (PYTEST_ARGS="-k name" WORKERS=2)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST_ARGS)
 
 test-versions: ## Run all tests with the oldest and with the newest supported Python and JAX
 	$(MAKE) test VENV=build/venv-oldest PYTHON="$$(.ci/find-python oldest)" CONSTRAINTS=.ci/oldest.txt
