@@ -232,8 +232,8 @@ class Shell:
                 )
         if flat and not any(leaf.shape[0] for _, leaf in flat if getattr(leaf, "shape", ())):
             raise ValueError(
-                f"{self.layer}: the ids have no samples to divide over {self.plan.num_devices} devices inside jit. Leave the batch "
-                "out, or pack it outside jit with preprocess."
+                f"{self.layer}: the ids have no samples to divide over {self.plan.num_devices} devices inside jit. Leave the "
+                "batch out, or pack it outside jit with preprocess."
             )
 
     def wait(self, result: jax.Array) -> None:
