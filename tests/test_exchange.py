@@ -159,12 +159,45 @@ def test_rows_of_one_owner_go_in_rounds(sources):
     assert rows_per_round(stack, num_devices, 1) < 3 * per_device  # So that two rounds are needed at least.
 
 
+@pytest.mark.parametrize("changed", ["overlapping partitions", "ids in any order"])
+def test_arrays_changed_by_hand(changed):
+    """They name any rows, and nothing is written where it does not belong; the rounds come to an end."""
+    specs = place(OPTIMIZERS[:1], 2, 4, vocabulary=16_384)
+    rng = np.random.default_rng(2)
+    ids = {"f0": rng.integers(0, 16_384, (512, 3)), "again": rng.integers(0, 16_384, (512, 1))}
+    packed = embax.preprocess(ids, specs=specs, limits="grow")
+    size, share = packed.embedding_ids.size, packed.layout.stacks[0].capacity // 4
+    pointers, entries = np.array(packed.row_pointers), rng.integers(-5, 3000, size).astype(np.int32)
+    if changed == "overlapping partitions":  # Those of even numbers have all entries, of which the shares have others.
+        pointers[:] = np.tile([2**31 - 1, 0], pointers.size // 2)
+        entries = np.arange(size, dtype=np.int32) % (4 * share)
+    packed = packed.replace(
+        row_pointers=pointers,
+        embedding_ids=entries,
+        sample_ids=np.zeros_like(entries),
+        gains=np.ones(size, np.float32),
+    )
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = PartitionSpec("devices")
+    gradients = jax.tree.map(lambda spec: np.ones((512, DIM), np.float32), specs)
+
+    def step(gradients, packed):
+        return embax.sparse_gradients(gradients, packed, specs=specs)
+
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=over, out_specs=over))
+    sparse = mapped(gradients, jax.device_put(packed, NamedSharding(mesh, over)))
+    rows = np.asarray(sparse["t0"].rows).reshape(2, -1)
+    for own in rows:
+        assert np.all(np.diff(own[own != 2**31 - 1]) > 0)
+
+
 def test_a_round_is_sized_by_the_batch():
-    def size(**fields):
-        return rows_per_round(types.SimpleNamespace(**fields), num_devices=8, sparsecores_per_device=4)
+    def size(max_minibatches=0, **fields):
+        return rows_per_round(types.SimpleNamespace(**fields), 8, 4, max_minibatches)
 
     assert size(capacity=8000, max_unique_ids_per_partition=1000) == 1168  # 1000 + 5 sqrt(1000), and some more
     assert size(capacity=8000, max_unique_ids_per_partition=10) == 160  # 16 pairs of SparseCores send 10 each.
+    assert size(capacity=8000, max_unique_ids_per_partition=10, max_minibatches=64) == 1168
     assert size(capacity=0, max_unique_ids_per_partition=0) == 8
 
 

@@ -139,3 +139,5 @@ def test_a_batch_on_several_devices_must_divide():
     ragged = embax.Ragged(np.zeros(4, np.int32), np.array([0, 1, 2, 3, 4]))
     with pytest.raises(ValueError, match=r"ids\['a'\] are a Ragged inside jit, which cannot be divided over 4 devices"):
         layer({"a": ragged, "b": ids["b"]})
+    with pytest.raises(ValueError, match="the ids have no samples to divide over 4 devices .* pack it outside jit"):
+        layer({name: array[:0] for name, array in ids.items()})

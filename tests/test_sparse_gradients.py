@@ -210,6 +210,23 @@ def test_several_devices():
         close(found, wanted[stack.name])
 
 
+def test_minibatches_on_several_devices():
+    """Limits are those of a minibatch; all of them together name more rows."""
+    table = oracle.table_spec("t", 1000, 8, max_ids_per_partition=64, max_unique_ids_per_partition=8)
+    specs = embax.prepare_feature_specs_for_training({"f": oracle.feature_spec("f", table, BATCH, 8)}, 2, 1)
+    ids = np.random.default_rng(8).integers(0, 1000, (BATCH, 8))
+    packed = embax.preprocess({"f": ids}, specs=specs, limits="raise", enable_minibatching=True)
+    assert int(packed.num_minibatches[0]) > 2
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = PartitionSpec("devices")
+    find = jax.jit(
+        jax.shard_map(functools.partial(embax.sparse_gradients, specs=specs), mesh=mesh, in_specs=over, out_specs=over)
+    )
+    found = find({"f": np.ones((BATCH, 8), np.float32)}, jax.device_put(packed, NamedSharding(mesh, over)))
+    assert np.sum(np.asarray(found["t"].rows) != INT32_MAX) == len(np.unique(ids))
+    assert np.sum(np.asarray(found["t"].values)) == ids.size * 8
+
+
 def stack_of(shapes):
     return [np.ones(shape, np.float32) for shape in shapes]
 

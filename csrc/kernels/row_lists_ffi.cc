@@ -65,12 +65,15 @@ class RowLists {
       ForEachPartition(task, [&](const PartitionTask& partition) {
         ListTask t{};
         static_cast<PartitionTask&>(t) = partition;
+        t.max_rows = t.rows_per_partition;
         counts[t.partition] = kernels.list_rows(t);
       });
     });
     for (int64_t k = 0; k < batch_.num_stacks(); ++k) {
       int64_t* starts = Starts(k);
-      for (int64_t p = 0; p < batch_.num_sparsecores(); ++p) starts[p + 1] += starts[p];
+      // Row pointers that do not ascend may name more rows than there are entries.
+      const int64_t capacity = batch_.stack(k).capacity;
+      for (int64_t p = 0; p < batch_.num_sparsecores(); ++p) starts[p + 1] = std::min(starts[p] + starts[p + 1], capacity);
     }
     return error;
   }
@@ -78,6 +81,8 @@ class RowLists {
   // [num_sparsecores + 1]: where the rows of each partition of a stack begin in its list, after Count.
   int64_t* Starts(int64_t stack) { return starts_.data() + stack * (batch_.num_sparsecores() + 1); }
   const int64_t* Starts(int64_t stack) const { return starts_.data() + stack * (batch_.num_sparsecores() + 1); }
+  // The rows of a partition.
+  int64_t count(int64_t stack, int64_t partition) const { return Starts(stack)[partition + 1] - Starts(stack)[partition]; }
   int64_t size(int64_t stack) const { return Starts(stack)[batch_.num_sparsecores()]; }
 
   // Writes what the list of a stack has beside its rows.
@@ -139,6 +144,7 @@ ffi::Error DistinctRows(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids
     lists.ForEachPartition(task, [&](const PartitionTask& partition) {
       ListTask t{};
       static_cast<PartitionTask&>(t) = partition;
+      t.max_rows = lists.count(stack, t.partition);
       t.first_row = lists.FirstRow(t);
       t.first_slot = static_cast<int32_t>(lists.Starts(stack)[t.partition]);
       t.rows = rows[stack] + t.first_slot;
@@ -198,6 +204,7 @@ ffi::Error RowGradients(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids
       t.gradient = own.gradient.data;
       t.dim = own.gradient.columns;
       t.sum = sum.data();
+      t.max_rows = lists.count(stack, t.partition);
       t.first_row = lists.FirstRow(t);
       t.rows = own.rows + start;
       t.sums = own.sums.data + start * t.dim;

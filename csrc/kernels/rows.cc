@@ -149,17 +149,23 @@ inline __attribute__((always_inline)) void ForEachRow(const PartitionTask& t, On
 }
 
 int64_t ListRows(const ListTask& t) {
-  int32_t slot = t.first_slot;
+  int64_t count = 0;
+  int32_t last = -1;
+  const auto listed = [&](int32_t id) { return id > last && count < t.max_rows; };
   ForEachRow(
       t,
       [&](const Entries& entries, int64_t, int64_t e, int64_t, bool) {
-        if (t.slots != nullptr) t.slots[entries.ids - t.ids_base + e] = slot;
+        if (t.slots != nullptr && listed(entries.ids[e])) {
+          t.slots[entries.ids - t.ids_base + e] = static_cast<int32_t>(t.first_slot + count);
+        }
       },
       [&](int32_t id) {
-        if (t.rows != nullptr) t.rows[slot - t.first_slot] = t.first_row + id;
-        ++slot;
+        if (!listed(id)) return;
+        if (t.rows != nullptr) t.rows[count] = t.first_row + id;
+        ++count;
+        last = id;
       });
-  return slot - t.first_slot;
+  return count;
 }
 
 // Adds an entry to the gradient of its row.
@@ -182,12 +188,15 @@ template <int kDim>
 int64_t SumRows(const SumTask& t) {
   const int64_t dim = Length<kDim>(t.dim);
   int64_t count = 0;
+  int32_t last = -1;
   ForEachRow(
       t,
       [&](const Entries& entries, int64_t source, int64_t e, int64_t, bool is_first) {
         AddGradient<kDim>(t, entries, source, e, is_first);
       },
       [&](int32_t id) {
+        if (id <= last || count == t.max_rows) return;
+        last = id;
         t.rows[count] = t.first_row + id;
         float* __restrict out = t.sums + count * dim;
         for (int64_t i = 0; i < dim; ++i) out[i] = t.sum[i];

@@ -64,8 +64,10 @@ struct PartitionTask {
   Cursor* cursors;             // scratch, [num_sources]
 };
 
-// Lists the rows that entries name, each once, ascending; returns their number.
+// Lists the rows that entries name, each once, ascending; returns their number. Rows that do not ascend, which no packing
+// makes, and those beyond `max_rows` are left out.
 struct ListTask : PartitionTask {
+  int64_t max_rows;
   int32_t first_row;        // Of the partition.
   int32_t first_slot;       // Place in the list of the first row.
   int32_t* rows;            // The list from first_slot on, or null: count them only.
@@ -82,6 +84,7 @@ struct GradientTask : PartitionTask {
 
 // Lists rows as ListTask does, and their gradients; returns their number.
 struct SumTask : GradientTask {
+  int64_t max_rows;
   int32_t first_row;
   int32_t* rows;  // The list, from the first row of the partition on.
   float* sums;    // Likewise, [.., dim].

@@ -255,6 +255,11 @@ class Shell:
                     f"{self.layer}: {where} have a batch of {batch}, which does not divide by the {num_devices} devices; fill it "
                     f"up to {-(-batch // num_devices) * num_devices} samples (ids of -1 contribute nothing)."
                 )
+        if flat and not any(leaf.shape[0] for _, leaf in flat if getattr(leaf, "shape", ())):
+            raise ValueError(
+                f"{self.layer}: the ids have no samples to divide over {self.plan.num_devices} devices inside jit. Leave the "
+                "batch out, or pack it outside jit with preprocess."
+            )
 
     def wait(self, result: jax.Array) -> None:
         """Bounds the steps in flight where that is needed, given a small result of the last one."""

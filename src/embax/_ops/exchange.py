@@ -27,7 +27,15 @@ from embax._preprocess.buffers import PreprocessedInput, StackLayout
 _ALIGNMENT = 8
 
 
-def rows_per_round(stack: StackGeometry | StackLayout, num_devices: int, sparsecores_per_device: int) -> int:
+def _most_rows(stack: StackGeometry | StackLayout, sparsecores_per_device: int, max_minibatches: int) -> int:
+    """Distinct rows of another device that one device may name in a batch within its limits, which are those of a minibatch."""
+    by_limits = sparsecores_per_device**2 * stack.max_unique_ids_per_partition * max(max_minibatches, 1)
+    return min(by_limits, stack.capacity)
+
+
+def rows_per_round(
+    stack: StackGeometry | StackLayout, num_devices: int, sparsecores_per_device: int, max_minibatches: int = 0
+) -> int:
     """Rows of a stack that a device sends to each other device in one round.
 
     Enough for ids that are spread over the devices at random, and no more than the limits of the batch allow: what one device
@@ -35,12 +43,13 @@ def rows_per_round(stack: StackGeometry | StackLayout, num_devices: int, sparsec
     """
     mean = stack.capacity / num_devices
     by_entries = math.ceil(mean + 5 * math.sqrt(mean)) + _ALIGNMENT
-    by_limits = sparsecores_per_device**2 * stack.max_unique_ids_per_partition
-    return next_multiple(max(min(by_entries, by_limits, stack.capacity), 1), _ALIGNMENT)
+    most = _most_rows(stack, sparsecores_per_device, max_minibatches)
+    return next_multiple(max(min(by_entries, most), 1), _ALIGNMENT)
 
 
 def _round_sizes(geometry: Geometry) -> list[int]:
-    return [rows_per_round(stack, geometry.num_devices, geometry.sparsecores_per_device) for stack in geometry.stacks]
+    of_device = (geometry.num_devices, geometry.sparsecores_per_device, geometry.max_minibatches)
+    return [rows_per_round(stack, *of_device) for stack in geometry.stacks]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,9 +316,7 @@ def gather_row_gradients(
     # What the limits of the batch let all devices name on one.
     devices = geometry.num_devices
     rooms = [
-        min(
-            devices * min(geometry.sparsecores_per_device**2 * stack.max_unique_ids_per_partition, stack.capacity), rows
-        )
+        min(devices * _most_rows(stack, geometry.sparsecores_per_device, geometry.max_minibatches), rows)
         for stack, rows in zip(geometry.stacks, num_rows, strict=True)
     ]
 
