@@ -132,9 +132,10 @@ def lookup_features(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Activations of each feature in the order of the feature leaves, and of each stack."""
     check_variables(variables, plan, without_slots=[stack.name for stack in plan.stacks])
+    axis = axis_of(plan, axis_name)
     geometry = make_geometry(plan, packed)
     tables = [jax.tree.leaves(variables[stack.name])[0] for stack in plan.stacks]
-    stacked = lookup_across(packed, tables, geometry, axis_of(plan, axis_name))
+    stacked = lookup_across(packed, tables, geometry, axis)
     features: dict[int, jax.Array] = {}
     for stack, placed, activations in zip(plan.stacks, packed.layout.stacks, stacked, strict=True):
         parts = unstack_activations(activations, stack, placed, packed.layout)
@@ -257,7 +258,8 @@ def lookup(
         variables: `EmbeddingVariables` of each stack by name.
         specs: pytree of placed `FeatureSpec`.
         axis_name: of specs that were placed for several devices, the mesh axis that the tables are sharded over, or a tuple of
-            axes; None where `jax.shard_map` has only one.
+            axes in the order of the `PartitionSpec` that shards them: another order finds other rows. None where
+            `jax.shard_map` has only one axis.
 
     Returns:
         The activations, float32[batch, output_dim] of each feature, in the structure of `specs`.

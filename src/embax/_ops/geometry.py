@@ -94,6 +94,16 @@ def inside_shard_map() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def _check_inside(plan: Plan) -> None:
+    """Raises a ValueError if the tables are spread over devices, and this is not one device's part."""
+    if plan.num_devices != 1 and not inside_shard_map():
+        raise ValueError(
+            f"The specs were placed for {plan.num_devices} devices: each looks up and updates its part of the batch inside "
+            "jax.shard_map. Use a layer with mesh=, call from inside jax.shard_map, or place the specs with "
+            "global_device_count=1."
+        )
+
+
 def axis_of(plan: Plan, axis_name: Any = None) -> Any:
     """The name of the mesh axis (or a tuple of names) that the tables are sharded over, None where one device has them all.
 
@@ -106,13 +116,14 @@ def axis_of(plan: Plan, axis_name: Any = None) -> Any:
     """
     if plan.num_devices == 1:
         return None
+    _check_inside(plan)
     mesh = jax.sharding.get_abstract_mesh()
     manual = mesh.manual_axes
     if axis_name is None:
         if len(manual) != 1:
             raise ValueError(
                 f"The specs were placed for {plan.num_devices} devices and there are {len(manual)} manual mesh axes, {manual}: "
-                "pass axis_name, the axis that the tables are sharded over, or a tuple of axes in the order of the mesh."
+                "pass axis_name, the axis that tables are sharded over, or a tuple of axes in the order of its PartitionSpec."
             )
         axis_name = manual[0]
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
@@ -214,12 +225,7 @@ def make_geometry(plan: Plan, packed: PreprocessedInput) -> Geometry:
     layout = packed.layout
     _check_layout(layout, plan)
     _check_arrays(packed)
-    if plan.num_devices != 1 and not inside_shard_map():
-        raise ValueError(
-            f"The specs were placed for {plan.num_devices} devices: each looks up and updates its part of the batch inside "
-            "jax.shard_map. Use a layer with mesh=, call from inside jax.shard_map, or place the specs with "
-            "global_device_count=1."
-        )
+    _check_inside(plan)
     return Geometry(
         stacks=tuple(
             StackGeometry(
