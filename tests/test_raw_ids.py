@@ -661,24 +661,14 @@ def test_forms_that_only_the_host_takes():
             )(dense)
 
 
-def test_the_structure_and_vmap_and_devices():
+def test_the_structure_vmap_and_several_devices():
     specs = one_feature()
     with pytest.raises(ValueError, match=r"ids\['f'\] is missing; ids\['g'\] has no place"):
         raw_packer(specs)({"g": np.ones((4, 3), np.int32)})
     with pytest.raises(ValueError, match="embax_pack cannot be mapped by vmap. Make one larger batch"):
         jax.vmap(lambda ids: embax.preprocess({"f": ids}, specs=specs).gains)(np.ones((2, 4, 3), np.int32))
-    over_devices = one_feature(devices=4)
-
-    def loss(weights, ids):
-        variables = {"table": embax.EmbeddingVariables(jnp.zeros((16, 8)), embax.SGDSlotVariables())}
-        return jnp.sum(look_up_and_update(over_devices, variables, {"f": ids}, {"f": weights})["f"])
-
-    P = jax.sharding.PartitionSpec("x")
-    gradient = jax.shard_map(jax.grad(loss), mesh=MESH, in_specs=P, out_specs=P)
-    with pytest.raises(
-        ValueError, match="placed for 4 devices; gradients with respect to sample weights .* on one device"
-    ):
-        gradient(np.ones((4, 3), np.float32), np.ones((4, 3), np.int32))
+    with pytest.raises(ValueError, match="placed for 4 devices: inside jit each packs its own part"):
+        raw_packer(one_feature(devices=4))({"f": np.ones((4, 3), np.int32)})
 
 
 def test_more_ids_than_row_pointers_count():
