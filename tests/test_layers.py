@@ -259,6 +259,9 @@ def test_first_values_do_not_depend_on_the_devices(axis):
         embax.auto_stack_tables(specs, devices, 4)
         variables = embax.init_embedding_variables(jax.random.key(3), specs, **options)
         values.append(oracle.tables_of(jax.tree.map(np.asarray, variables), specs))
+    # XLA may compute what is made as a whole, and not row by row, in another way on another number of devices.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, *(arrays.pop("whole") for arrays in values))
     jax.tree.map(np.testing.assert_array_equal, *values)
     for array in jax.tree.leaves(variables):
         assert array.sharding == jax.sharding.NamedSharding(mesh, jax.P(axis))

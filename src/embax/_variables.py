@@ -361,7 +361,7 @@ def init_embedding_variables(
     SparseCores or on what it is stacked with. Initializers of `jax.nn.initializers` that draw each element independently
     (uniform, normal, truncated_normal) and constants need no more than some 10 MB beside the result, on each device; on a TPU
     also a copy of one array in the default format, whose rows have a multiple of 128 columns. Other initializers make a table as
-    a whole first; on several devices they are traced by JAX, and XLA divides their work where it can.
+    a whole first; on several devices they are traced by JAX, XLA divides their work where it can, and may round otherwise.
 
     Args:
         rng: a PRNG key; on several processes the same on all.
