@@ -320,37 +320,12 @@ ffi::Error Fill(ffi::ThreadPool threads, Floats row, ResultMatrix table) {
 }
 
 XLA_FFI_DEFINE_HANDLER(kLookup, Guarded<Lookup>::Run,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Int32s>()
-                           .Arg<Int32s>()
-                           .Arg<Int32s>()
-                           .Arg<Floats>()
-                           .Arg<Int32s>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attr<int64_t>("num_sparsecores")
-                           .Attr<int64_t>("sparsecores_per_device")
-                           .Attr<int64_t>("max_minibatches")
-                           .Attr<Int64Span>("stacks")
+                       WithLayout(BindPacked().RemainingArgs().RemainingRets())
                            .Attr<bool>("gathered")
                            .Attr<FloatSpan>("quantization"));
 
 XLA_FFI_DEFINE_HANDLER(kUpdate, Guarded<Update>::Run,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Int32s>()
-                           .Arg<Int32s>()
-                           .Arg<Int32s>()
-                           .Arg<Floats>()
-                           .Arg<Int32s>()
-                           .Arg<Floats>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attr<int64_t>("num_sparsecores")
-                           .Attr<int64_t>("sparsecores_per_device")
-                           .Attr<int64_t>("max_minibatches")
-                           .Attr<Int64Span>("stacks")
+                       WithLayout(BindPacked().Arg<Floats>().RemainingArgs().RemainingRets())
                            .Attr<Int64Span>("rules")
                            .Attr<Int64Span>("num_hyperparameters")
                            .Attr<FloatSpan>("options"));

@@ -116,6 +116,21 @@ class PackedBatch {
   int64_t num_stacks_;
 };
 
+// The begin of the binding of a handler that takes a packed batch: its arrays.
+inline auto BindPacked() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Int32s>().Arg<Int32s>().Arg<Int32s>().Arg<Floats>().Arg<Int32s>();
+}
+
+// A binding with the attributes that say where the stacks lie in these.
+template <typename Binding>
+auto WithLayout(Binding&& binding) {
+  return std::forward<Binding>(binding)
+      .template Attr<int64_t>("num_sparsecores")
+      .template Attr<int64_t>("sparsecores_per_device")
+      .template Attr<int64_t>("max_minibatches")
+      .template Attr<Int64Span>("stacks");
+}
+
 // Runs task(0), ..., task(count - 1) on XLA's threads; `bytes` are the bytes of rows that all of them touch.
 template <typename Task>
 ffi::Error RunTasks(ffi::ThreadPool threads, int64_t count, int64_t bytes, Task&& task) {

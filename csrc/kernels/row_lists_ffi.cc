@@ -250,34 +250,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxTakeRows, Guarded<TakeRows>::Run,
                                   .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxDistinctRows, Guarded<DistinctRows>::Run,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Int32s>()
-                                  .Arg<Int32s>()
-                                  .Arg<Int32s>()
-                                  .Arg<Floats>()
-                                  .Arg<Int32s>()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("num_sparsecores")
-                                  .Attr<int64_t>("sparsecores_per_device")
-                                  .Attr<int64_t>("max_minibatches")
-                                  .Attr<Int64Span>("stacks")
-                                  .Attr<Int64Span>("num_rows"));
+                              WithLayout(BindPacked().RemainingRets()).Attr<Int64Span>("num_rows"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxRowGradients, Guarded<RowGradients>::Run,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Int32s>()
-                                  .Arg<Int32s>()
-                                  .Arg<Int32s>()
-                                  .Arg<Floats>()
-                                  .Arg<Int32s>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("num_sparsecores")
-                                  .Attr<int64_t>("sparsecores_per_device")
-                                  .Attr<int64_t>("max_minibatches")
-                                  .Attr<Int64Span>("stacks")
-                                  .Attr<Int64Span>("num_rows"));
+                              WithLayout(BindPacked().RemainingArgs().RemainingRets()).Attr<Int64Span>("num_rows"));
 
 }  // namespace embax

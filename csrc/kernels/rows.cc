@@ -111,8 +111,9 @@ inline void PrepareRow(const RowOptions& options, float* __restrict g, float* __
   }
 }
 
-// Walks through the entries of a partition row by row, in ascending order: `entry(entries, source, e, end, is_first)` for each
-// valid entry of a row, those of one source after those of another, and after the last of a row `row(id)`.
+// Walks through the entries of a partition row by row, in ascending order: `entry(entries, first_sample, e, end, is_first)` for
+// each valid entry of a row, those of one source after those of another, and after the last of a row `row(id)`. The samples of
+// a source count from `first_sample` among those of the device.
 template <typename OnEntry, typename OnRow>
 inline __attribute__((always_inline)) void ForEachRow(const PartitionTask& t, OnEntry entry, OnRow row) {
   for (int64_t s = 0; s < t.num_sources; ++s) {
@@ -137,9 +138,11 @@ inline __attribute__((always_inline)) void ForEachRow(const PartitionTask& t, On
       const Entries& entries = t.entries[s];
       const int64_t end = t.cursors[s].end;
       int64_t e = t.cursors[s].next;
+      if (e == end || entries.ids[e] != id) continue;
+      const int64_t first_sample = s / t.num_minibatches * t.num_samples;
       for (; e < end && entries.ids[e] == id; ++e) {
         if (!exists || !InRange(entries.samples[e], t.num_samples)) continue;
-        entry(entries, s, e, end, !touched);
+        entry(entries, first_sample, e, end, !touched);
         touched = true;
       }
       t.cursors[s].next = e;
@@ -170,11 +173,10 @@ int64_t ListRows(const ListTask& t) {
 
 // Adds an entry to the gradient of its row.
 template <int kDim>
-inline __attribute__((always_inline)) void AddGradient(const GradientTask& t, const Entries& entries, int64_t source, int64_t e,
-                                                       bool is_first) {
+inline __attribute__((always_inline)) void AddGradient(const GradientTask& t, const Entries& entries, int64_t first_sample,
+                                                       int64_t e, bool is_first) {
   const int64_t dim = Length<kDim>(t.dim);
-  const int64_t sample = source / t.num_minibatches * t.num_samples + entries.samples[e];
-  const float* __restrict gradient = t.gradient + sample * dim;
+  const float* __restrict gradient = t.gradient + (first_sample + entries.samples[e]) * dim;
   const float gain = entries.gains[e];
   float* __restrict sum = t.sum;
   if (is_first) {
@@ -191,8 +193,8 @@ int64_t SumRows(const SumTask& t) {
   int32_t last = -1;
   ForEachRow(
       t,
-      [&](const Entries& entries, int64_t source, int64_t e, int64_t, bool is_first) {
-        AddGradient<kDim>(t, entries, source, e, is_first);
+      [&](const Entries& entries, int64_t first_sample, int64_t e, int64_t, bool is_first) {
+        AddGradient<kDim>(t, entries, first_sample, e, is_first);
       },
       [&](int32_t id) {
         if (id <= last || count == t.max_rows) return;
@@ -223,11 +225,11 @@ void UpdateRows(const UpdateTask& t) {
   };
   ForEachRow(
       t,
-      [&](const Entries& entries, int64_t source, int64_t e, int64_t end, bool is_first) {
+      [&](const Entries& entries, int64_t first_sample, int64_t e, int64_t end, bool is_first) {
         if (e + kPrefetchEntries < end && InRange(entries.ids[e + kPrefetchEntries], t.rows_per_partition)) {
           prefetch(entries.ids[e + kPrefetchEntries]);
         }
-        AddGradient<kDim>(t, entries, source, e, is_first);
+        AddGradient<kDim>(t, entries, first_sample, e, is_first);
       },
       [&](int32_t id) {
         float* rows[1 + kMaxSlots];
