@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import embax
 from embax._checks import INT32_MAX
+from embax._ops.exchange import rows_per_round
 from embax._stacking.plan import make_plan
 
 BATCH, VOCABULARY = 16, 40
@@ -163,7 +164,7 @@ def test_clipped_by_their_norm():
 
 
 def test_several_devices():
-    """Each device has the sums of the rows that it owns; also where they come in several rounds."""
+    """Each device has the sums of the rows that it owns."""
     ids, gradients = draw_ids(6), draw_gradients(7)
     ids["x"][:, 0] = 4  # One row that all devices name.
     one = place()
@@ -210,6 +211,16 @@ def test_several_devices():
         close(found, wanted[stack.name])
 
 
+def found_on_two_devices(specs, packed, gradients):
+    """The gradients of table "t" on each of two devices."""
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = PartitionSpec("devices")
+    find = functools.partial(embax.sparse_gradients, specs=specs)
+    find = jax.jit(jax.shard_map(find, mesh=mesh, in_specs=over, out_specs=over))
+    found = find({"f": gradients}, jax.device_put(packed, NamedSharding(mesh, over)))["t"]
+    return np.asarray(found.rows).reshape(2, -1), np.asarray(found.values).reshape(2, -1, 8)
+
+
 def test_minibatches_on_several_devices():
     """Limits are those of a minibatch; all of them together name more rows."""
     table = oracle.table_spec("t", 1000, 8, max_ids_per_partition=64, max_unique_ids_per_partition=8)
@@ -217,14 +228,29 @@ def test_minibatches_on_several_devices():
     ids = np.random.default_rng(8).integers(0, 1000, (BATCH, 8))
     packed = embax.preprocess({"f": ids}, specs=specs, limits="raise", enable_minibatching=True)
     assert int(packed.num_minibatches[0]) > 2
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
-    over = PartitionSpec("devices")
-    find = jax.jit(
-        jax.shard_map(functools.partial(embax.sparse_gradients, specs=specs), mesh=mesh, in_specs=over, out_specs=over)
-    )
-    found = find({"f": np.ones((BATCH, 8), np.float32)}, jax.device_put(packed, NamedSharding(mesh, over)))
-    assert np.sum(np.asarray(found["t"].rows) != INT32_MAX) == len(np.unique(ids))
-    assert np.sum(np.asarray(found["t"].values)) == ids.size * 8
+    rows, values = found_on_two_devices(specs, packed, np.ones((BATCH, 8), np.float32))
+    assert np.sum(rows != INT32_MAX) == len(np.unique(ids))
+    assert np.sum(values) == ids.size * 8
+
+
+def test_rows_of_one_owner_come_in_rounds():
+    """All rows are those of the first device, more than a round holds; half of them are named by both."""
+    table = oracle.table_spec("t", 4000, 8)
+    specs = embax.prepare_feature_specs_for_training({"f": oracle.feature_spec("f", table, 256, 3)}, 2, 1)
+    rng = np.random.default_rng(9)
+    first, second = (2 * (rng.permutation(768) + start).reshape(256, 3) for start in (0, 384))
+    ids, gradients = np.concatenate([first, second]), rng.normal(size=(512, 8)).astype(np.float32)
+    embax.preprocess({"f": ids}, specs=specs, limits="grow")
+    packed = embax.preprocess({"f": ids}, specs=specs, limits="grow")
+    (stack,) = packed.layout.stacks
+    assert rows_per_round(stack, 2, 1) < 768
+    rows, values = found_on_two_devices(specs, packed, gradients)
+    wanted, touched = oracle.row_gradients(4000, [(ids, None, gradients)], "sum")
+    (touched,) = np.nonzero(touched)
+    np.testing.assert_array_equal(rows[0][: len(touched)], touched // 2)
+    assert (rows[0][len(touched) :] == INT32_MAX).all()
+    assert (rows[1] == INT32_MAX).all()
+    np.testing.assert_allclose(values[0][: len(touched)], wanted[touched], rtol=1e-5, atol=1e-6)
 
 
 def stack_of(shapes):
@@ -245,7 +271,7 @@ def test_mistakes_are_named():
         apply({"b": embax.SparseGradient(sparse["b"].rows, sparse["b"].values[:, :4])})
     with pytest.raises(ValueError, match="Stack 'b': the gradient is a tuple"):
         apply({"b": (sparse["b"].rows, sparse["b"].values)})
-    with pytest.raises(ValueError, match="needs the number of the step|needs step|step"):
+    with pytest.raises(ValueError, match="RowWiseAdamOptimizerSpec: the formula needs the number of the step"):
         apply({"b": sparse["b"]})
     with pytest.raises(ValueError, match=r"are of the stacks \[\['a', 'b'\], \['a'\]\]; give at least one"):
         embax.sum_sparse_gradients([sparse, {"a": sparse["a"]}])

@@ -140,12 +140,12 @@ class TableMesh:
         error = packed if isinstance(packed, Exception) else self._misfit(packed)
         alike = None if isinstance(packed, Exception) or error or self.processes.alone else _batch(packed)
         self.processes.agree(Action.PLACE, error, alike)
-        assert isinstance(packed, PreprocessedInput)  # Else there is an error.
+        batch: Any = packed  # What is no batch has been raised.
         sharding = jax.sharding.NamedSharding(self.mesh, self.leading)
-        arrays = {name: array for name in _PACKED_ARRAYS if (array := getattr(packed, name)) is not None}
+        arrays = {name: array for name in _PACKED_ARRAYS if (array := getattr(batch, name)) is not None}
         if self.processes.alone:
-            return packed.replace(**jax.device_put(arrays, sharding))
-        return packed.replace(
+            return batch.replace(**jax.device_put(arrays, sharding))
+        return batch.replace(
             **{
                 name: jax.make_array_from_process_local_data(
                     sharding, array, (array.shape[0] // self.num_local_devices * self.num_devices, *array.shape[1:])

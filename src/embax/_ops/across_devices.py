@@ -18,8 +18,8 @@ from embax._ops.gain_gradients import gain_gradients
 from embax._ops.geometry import Geometry
 from embax._ops.lookup import lookup_stacks
 from embax._ops.row_sums import row_gradients
-from embax._ops.row_update import RowLimits
-from embax._ops.update import opaque_zero, update_stacks
+from embax._ops.row_update import RowLimits, ordered, orders_of
+from embax._ops.update import update_stacks
 from embax._preprocess.buffers import PreprocessedInput
 
 
@@ -107,8 +107,8 @@ def gradients_across(
     if axis is not None:
         return gather_row_gradients(packed, gradients, num_rows, after, geometry, axis)
     sums = row_gradients(packed, gradients, num_rows, geometry)
-    orders = [opaque_zero(array) if array.size else 0 for array in after] or [0] * len(sums)
-    return [(one.rows + order, one.gradients) for one, order in zip(sums, orders, strict=True)]
+    orders = orders_of(after, len(sums))
+    return [(ordered(one.rows, order), one.gradients) for one, order in zip(sums, orders, strict=True)]
 
 
 def gain_gradients_across(

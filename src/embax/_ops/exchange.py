@@ -19,8 +19,8 @@ from embax._ops.gain_gradients import gain_gradients
 from embax._ops.geometry import Geometry, StackGeometry
 from embax._ops.lookup import lookup_stacks, quantize
 from embax._ops.row_sums import RowSums, distinct_rows, group, row_gradients, sum_groups, take_rows
-from embax._ops.row_update import RowLimits
-from embax._ops.update import apply_rows, opaque_zero
+from embax._ops.row_update import RowLimits, ordered, orders_of
+from embax._ops.update import apply_rows
 from embax._ops.varying import as_varying
 from embax._preprocess.buffers import PreprocessedInput, StackLayout
 
@@ -77,11 +77,6 @@ class _Outgoing:
             return jnp.full(places.shape, INT32_MAX, jnp.int32)
         return self.rows.at[places].get(mode="fill", fill_value=INT32_MAX)
 
-    def window(self, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The next `size` places of each owner's rows, int32[num_devices, size], and which of them hold rows."""
-        places = starts[:, None] + jnp.arange(self.size, dtype=jnp.int32)[None]
-        return places, places < self.ends[:, None]
-
     def bound(self, starts: jax.Array) -> jax.Array:
         """int32[num_devices]: the first row that does not fit into a round, `INT32_MAX` where all fit."""
         last = starts + self.size
@@ -94,8 +89,8 @@ class _Outgoing:
             Places in the list, int32[num_devices, size]; the rows there, `INT32_MAX` where there is none; and where the next
             round starts, int32[num_devices].
         """
-        places, exist = self.window(starts)
-        rows = jnp.where(exist, self._at(places), INT32_MAX)
+        places = starts[:, None] + jnp.arange(self.size, dtype=jnp.int32)[None]
+        rows = jnp.where(places < self.ends[:, None], self._at(places), INT32_MAX)
         taken = rows < bound[:, None]
         return places, jnp.where(taken, rows, INT32_MAX), starts + jnp.sum(taken, axis=1, dtype=jnp.int32)
 
@@ -265,10 +260,9 @@ def _outgoing_gradients(
 ) -> tuple[list[RowSums], list[_Outgoing]]:
     """The gradients of the rows that a device names, which wait for the lookup, and their way to the owners."""
     sums = row_gradients(packed, gradients, num_rows, geometry)
-    orders = [opaque_zero(array) if array.size else jnp.int32(0) for array in after] or [jnp.int32(0)] * len(sums)
     outgoing = [
-        _Outgoing(one.rows, one.ends + order, size)
-        for one, order, size in zip(sums, orders, _round_sizes(geometry), strict=True)
+        _Outgoing(one.rows, ordered(one.ends, order), size)
+        for one, order, size in zip(sums, orders_of(after, len(sums)), _round_sizes(geometry), strict=True)
     ]
     return sums, outgoing
 

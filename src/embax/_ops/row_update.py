@@ -1,5 +1,6 @@
-"""What happens to a touched row around its optimizer's rule, and the rule: every lowering in JAX operations traces this."""
+"""What happens to a touched row around its optimizer's rule, and when: every lowering in JAX operations traces this."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -40,6 +41,22 @@ class StackUpdate(NamedTuple):
     def optimizer(self) -> OptimizerSpec:
         """The optimizer of the stack."""
         return optimizer_of(self.stack)
+
+
+def _opaque_zero(after: jax.Array) -> jax.Array:
+    """An int32 0 that XLA takes for a function of `after`, whatever that holds, NaN included."""
+    bits = jax.lax.bitcast_convert_type(after.reshape(-1)[0].astype(jnp.float32), jnp.int32)
+    return jax.lax.population_count(bits) >> 6
+
+
+def orders_of(after: Sequence[jax.Array], count: int) -> list[jax.Array | None]:
+    """For each of `count` stacks an opaque zero that is known when its array of `after` is, None where there is none."""
+    return [_opaque_zero(array) if array.size else None for array in after] or [None] * count
+
+
+def ordered(array: jax.Array, order: jax.Array | None) -> jax.Array:
+    """An integer array that is not known before `order` is."""
+    return array if order is None else array + order
 
 
 def hyperparameters_of(optimizer: OptimizerSpec, step: int | jax.Array | None) -> tuple[jax.Array, ...]:

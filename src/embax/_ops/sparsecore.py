@@ -19,7 +19,7 @@ from jax.extend.mlir.dialects import func, stablehlo
 from jax.interpreters import mlir
 
 from embax._ops.geometry import Geometry, StackGeometry
-from embax._ops.row_update import NO_LIMITS, RowLimits, StackUpdate, hyperparameters_of, new_rows
+from embax._ops.row_update import NO_LIMITS, RowLimits, StackUpdate, hyperparameters_of, new_rows, ordered
 from embax._preprocess.buffers import PADDING_VALUE
 from embax._warnings import warn_slow_path
 from embax.optimizers import OptimizerSpec
@@ -86,13 +86,12 @@ def update(arrays: Sequence[jax.Array], one: StackUpdate, geometry: Geometry) ->
     stack, optimizer, state = one.stack, one.optimizer, one.state
     if stack.capacity == 0 or geometry.num_samples(stack) == 0:
         return state
-    parts = _arrays_of(arrays, geometry, stack)
-    if one.order is not None:
-        parts[0] = parts[0] + one.order
+    row_pointers, *parts = _arrays_of(arrays, geometry, stack)
     rule = row_rule(optimizer, one.limits, state[0].shape[1], len(state) - 1, len(one.hyperparameters))
     # The compiler refuses an update without hyperparameters; the rule has one that it does not read.
     scalars = one.hyperparameters or [jnp.zeros((), jnp.float32)]
     return update_one_p.bind(
+        ordered(row_pointers, one.order),
         *parts,
         one.gradient,
         *state,

@@ -14,7 +14,15 @@ from embax._ops import native, sparsecore
 from embax._ops.geometry import Geometry, optimizer_of, packed_operands
 from embax._ops.primitive import bind, define
 from embax._ops.row_sums import group, sum_groups, sum_row_gradients
-from embax._ops.row_update import NO_LIMITS, RowLimits, StackUpdate, hyperparameters_of, new_rows
+from embax._ops.row_update import (
+    NO_LIMITS,
+    RowLimits,
+    StackUpdate,
+    hyperparameters_of,
+    new_rows,
+    ordered,
+    orders_of,
+)
 from embax._preprocess.buffers import PreprocessedInput
 from embax._warnings import warn_slow_path
 
@@ -121,12 +129,6 @@ def _grouped(flat: Sequence, sizes: Sequence[int]) -> list[tuple]:
     return groups
 
 
-def opaque_zero(after: jax.Array) -> jax.Array:
-    """An int32 0 that XLA takes for a function of `after`, whatever that holds, NaN included."""
-    bits = jax.lax.bitcast_convert_type(after.reshape(-1)[0].astype(jnp.float32), jnp.int32)
-    return jax.lax.population_count(bits) >> 6
-
-
 def _columns(array: jax.Array) -> jax.Array:
     """A matrix as it is, an array of one value a row as a matrix of one column."""
     return array[:, None] if array.ndim == 1 else array
@@ -164,9 +166,7 @@ def _portable_stack(arrays: Sequence[jax.Array], one: StackUpdate, geometry: Geo
     if stack.capacity == 0 or geometry.num_samples(stack) == 0:
         return one.state
     row_pointers, ids, *others = arrays
-    if one.order is not None:
-        ids = ids + one.order
-    arrays = (row_pointers, ids, *others)
+    arrays = (row_pointers, ordered(ids, one.order), *others)
     sums = sum_row_gradients(arrays, _columns(one.gradient), geometry, stack, one.state[0].shape[0])
     return _updated(one, sums.rows, sums.gradients)
 
@@ -179,9 +179,7 @@ def _sparsecore_stack(arrays: Sequence[jax.Array], one: StackUpdate, geometry: G
 def _portable_rows(rows: jax.Array, one: StackUpdate) -> Sequence[jax.Array]:
     if rows.shape[0] == 0:
         return one.state
-    if one.order is not None:
-        rows = rows + one.order
-    num_rows = one.state[0].shape[0]
+    rows, num_rows = ordered(rows, one.order), one.state[0].shape[0]
     is_row = (rows >= 0) & (rows < num_rows)
     grouped = group(jnp.where(is_row, 0, 1), jnp.where(is_row, rows, num_rows), 1)
     return _updated(one, grouped.rows, sum_groups(grouped, _columns(one.gradient)[grouped.order]))
@@ -207,7 +205,7 @@ def _updates(
         gradients,
         _grouped(states, sizes),
         _grouped(list(hyperparameters), num_hyperparameters),
-        [opaque_zero(array) if array.size else None for array in after] or [None] * len(sizes),
+        orders_of(after, len(sizes)),
         limits,
         strict=True,
     )
