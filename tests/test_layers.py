@@ -275,17 +275,17 @@ def oracle_fields(table):
 
 
 def test_each_device_draws_its_own_rows_only():
-    from embax import _variables
+    from embax import _first_values
     from embax._mesh import TableMesh
 
     vocabulary = 1 << 20
-    devices = _variables._ManyDevices(16, TableMesh(mesh_of(4), ("x",)), TableMesh(mesh_of(4), ("x",)).sharding(2))
-    static = {"initializer": _variables._ByValue.of(oracle.NORMAL), "chunk_rows": 1 << 14, "dim": DIM}
+    devices = _first_values._ManyDevices(16, TableMesh(mesh_of(4), ("x",)), TableMesh(mesh_of(4), ("x",)).sharding(2))
+    static = {"initializer": _first_values._ByValue.of(oracle.NORMAL), "chunk_rows": 1 << 14, "dim": DIM}
     table = jax.ShapeDtypeStruct((vocabulary, DIM), jnp.float32, sharding=devices.format)
     key = jax.random.key_data(jax.random.key(0))
-    placement = _variables.RowPlacement(vocabulary, 0, 0)
+    placement = _first_values.RowPlacement(vocabulary, 0, 0)
     memory = (
-        _variables._draw_on_mesh(devices, tuple(static.items()))
+        _first_values._draw_on_mesh(devices, tuple(static.items()))
         .lower(table, key, placement)
         .compile()
         .memory_analysis()

@@ -242,7 +242,7 @@ def test_unplaced_specs_are_refused():
 
 
 def test_equal_initializers_are_compiled_once():
-    from embax._variables import _draw_by_chunks
+    from embax._first_values import _draw_by_chunks
 
     initialized(4, initializer=jax.nn.initializers.truncated_normal(0.125))
     compiled = _draw_by_chunks._cache_size()
@@ -254,18 +254,18 @@ def test_equal_initializers_are_compiled_once():
 
 
 def test_drawing_needs_memory_for_a_chunk_only():
-    from embax import _variables
+    from embax import _first_values
 
     for vocabulary, dim in ((10, 1000), (2_000_000, 8)):
         table = TablePlan("t", dim, RowPlacement(vocabulary, 0, 0))
-        rows = _variables._chunk_rows(table, table.embedding_dim)
-        assert rows * dim <= _variables.CHUNK_ELEMENTS
+        rows = _first_values._chunk_rows(table, table.embedding_dim)
+        assert rows * dim <= _first_values.CHUNK_ELEMENTS
         assert rows < 2 * vocabulary
-        compiled = _variables._draw_by_chunks.lower(
+        compiled = _first_values._draw_by_chunks.lower(
             jax.ShapeDtypeStruct((vocabulary, dim), jnp.float32),
             jax.random.key(0),
             table.rows,
-            initializer=_variables._ByValue.of(oracle.NORMAL),
+            initializer=_first_values._ByValue.of(oracle.NORMAL),
             chunk_rows=rows,
             dim=dim,
             num_sparsecores=1,

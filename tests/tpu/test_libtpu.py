@@ -15,10 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_optimizers import OPTIMIZERS
 
 import embax
+from embax._first_values import _in_format
 from embax._ops.sparsecore import why_not
 from embax._stacking.plan import make_plan
 from embax._topology import num_sparsecores_per_device
-from embax._variables import _in_format
 
 BATCH, DIM = 64, 30
 SPARSECORE = {name: spec for name, (spec, _) in OPTIMIZERS.items() if why_not(spec, DIM) is None}
@@ -153,18 +153,18 @@ def test_portable(mesh):
 
 
 def test_initializers_return_the_format_of_tables(chips):
-    from embax import _variables
+    from embax import _first_values
 
     sharding = jax.sharding.SingleDeviceSharding(chips[0])
     format = embax.table_format(sharding, ADAGRAD)
     row = jax.ShapeDtypeStruct((32,), jnp.float32, sharding=sharding)
     table = jax.ShapeDtypeStruct((1 << 20, 32), jnp.float32, sharding=format)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding)
-    place = _variables.RowPlacement(1 << 20, 0, 0)
-    filled = _in_format(_variables._fill, format, (("num_rows", 1 << 20),)).trace(row).lower().compile()
-    drawn = {"initializer": _variables._ByValue.of(jax.nn.initializers.normal(1.0)), "chunk_rows": 1024, "dim": 30}
+    place = _first_values.RowPlacement(1 << 20, 0, 0)
+    filled = _in_format(_first_values._fill, format, (("num_rows", 1 << 20),)).trace(row).lower().compile()
+    drawn = {"initializer": _first_values._ByValue.of(jax.nn.initializers.normal(1.0)), "chunk_rows": 1024, "dim": 30}
     drawn = (*drawn.items(), ("num_sparsecores", 4), ("here", 4))
-    drawn = _in_format(_variables._draw_by_chunks, format, drawn).trace(table, key, place).lower().compile()
+    drawn = _in_format(_first_values._draw_by_chunks, format, drawn).trace(table, key, place).lower().compile()
     for compiled in (filled, drawn):
         assert compiled.output_formats.layout == format.layout
     # XLA makes the array in the default format, in which a row of 32 columns takes 128, and converts it.

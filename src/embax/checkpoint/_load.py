@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 from embax._blocks import put_logical
+from embax._first_values import empty_array
 from embax._format import in_table_format
 from embax._mesh import TableMesh
 from embax._processes import Action, Processes
 from embax._stacking.plan import Plan, StackPlan, make_plan, table_specs
-from embax._variables import EmbeddingVariables, empty_array, table_mesh
+from embax._variables import EmbeddingVariables, table_mesh
 from embax.checkpoint._describe import check_tables, describe_table, row_wise_names
 from embax.checkpoint._errors import CheckpointError
 from embax.checkpoint._extra import NamedLeaf, check_leaves, decode, named_leaves

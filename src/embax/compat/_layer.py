@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from embax._lookup_vjp import note_differentiated
 from embax._mesh import TableMesh, on_devices
+from embax.compat import _matmul
 from embax.compat.sparsecore.lib.nn import embedding
 from embax.compat.sparsecore.utils import utils
 
@@ -123,7 +124,7 @@ class Layer:
         """The activations of a batch in the structure of the specs, and by stack."""
 
         def on_device(inputs, variables):
-            stacked = embedding.look_up_stacks(inputs, variables, self.feature_specs, **self._options)
+            stacked = _matmul.look_up_stacks(inputs, variables, self.feature_specs, **self._options)
             features = embedding.unstack_embedding_activations(
                 stacked, self.feature_specs, self.mesh.num_devices, self.num_sc_per_device
             )
@@ -148,7 +149,7 @@ class Layer:
 
         def on_device(gradients, inputs, variables, traced_step, activations):
             stacked = embedding.stack_embedding_gradients(gradients, self.feature_specs, self.num_sc_per_device)
-            return embedding.update_stacks(
+            return _matmul.update_stacks(
                 stacked,
                 inputs,
                 variables,

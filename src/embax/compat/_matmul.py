@@ -1,9 +1,9 @@
-"""Lookups and updates of one stack at a time, whose arrays the reference keeps apart, by the functions of embax."""
+"""Lookups and updates of stacks, whose arrays the reference keeps apart: one at a time, by the functions of embax."""
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,15 @@ from embax._matmul import checked_limits, lookup_features, update_features
 from embax._ops.unstack import stack_gradients, unstack_activations
 from embax._preprocess.buffers import MAX_MINIBATCHES, PackedLayout, PreprocessedInput, StackLayout, make_layout
 from embax._stacking.plan import FeaturePlan, Plan, RowPlacement, StackPlan, TablePlan
+from embax.compat import _batches
+from embax.compat._batches import SparseDenseMatmulInput, arrays_of
 from embax.compat._placement import feature_leaves, sample_count, stack_of
-from embax.compat.sparsecore.lib.nn.embedding_spec import FeatureSpec, StackedTableSpec
+from embax.compat.sparsecore.lib.nn.embedding_spec import (
+    CustomOptimizerSpec,
+    FeatureSpec,
+    OptimizerSpec,
+    StackedTableSpec,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +209,80 @@ def update(
     row_limits = checked_limits({name: limits}, plan)
     axis = _axis(devices, axis_name)
     return update_features([gradient], packed, {name: variables}, plan, step, after, row_limits, axis)[name]
+
+
+def look_up_stacks(
+    preprocessed_inputs: _batches.PreprocessedInput | SparseDenseMatmulInput,
+    embedding_variables: Mapping[str, Any],
+    feature_specs: Any,
+    *,
+    devices: int,
+    sparsecores: int,
+    enable_minibatching: bool,
+    axis_name: Any = None,
+) -> dict[str, jax.Array]:
+    """`tpu_sparse_dense_matmul` without unstacking, where the axis of the mesh may be given that tables are sharded over."""
+    stacks = stacks_of(feature_specs)
+    arrays, number = arrays_of(preprocessed_inputs, stacks, embedding_variables, enable_minibatching)
+    return {
+        name: look_up(stack, arrays[name], number, embedding_variables[name][0], devices, sparsecores, axis_name)
+        for name, stack in stacks.items()
+    }
+
+
+def update_stacks(
+    gradients: Mapping[str, jax.Array],
+    preprocessed_inputs: _batches.PreprocessedInput | SparseDenseMatmulInput,
+    embedding_variables: Mapping[str, Any],
+    feature_specs: Any,
+    *,
+    devices: int,
+    sparsecores: int,
+    enable_minibatching: bool,
+    step: int | jax.Array | None = None,
+    embedding_var_limits: Mapping[str, tuple[float | None, float | None]] | None = None,
+    axis_name: Any = None,
+    activations: Mapping[str, jax.Array] | None = None,
+) -> dict[str, Any]:
+    """`tpu_sparse_dense_matmul_grad` of stacked gradients, where more may be given.
+
+    Args:
+        gradients: by stack float32[samples on the device, dim].
+        preprocessed_inputs: see `tpu_sparse_dense_matmul_grad`, as all that follow.
+        embedding_variables: of each stack the rows of this device.
+        feature_specs: the placed feature tree.
+        devices: devices that tables are sharded over.
+        sparsecores: SparseCores of each.
+        enable_minibatching: whether the batch was packed so.
+        step: the number of the step.
+        embedding_var_limits: what new rows are clipped to.
+        axis_name: the axis of the mesh that tables are sharded over, or a tuple of axes; None where these can be told.
+        activations: what `look_up_stacks` returned in the same jitted step, so that XLA sees that the lookup comes first.
+    """
+    stacks = stacks_of(feature_specs)
+    arrays, number = arrays_of(preprocessed_inputs, stacks, embedding_variables, enable_minibatching)
+    return {
+        name: update(
+            stack,
+            arrays[name],
+            number,
+            gradients[name],
+            embedding_variables[name],
+            devices,
+            sparsecores,
+            step,
+            _limits_of(name, stack.spec.optimizer, embedding_var_limits),
+            axis_name,
+            () if activations is None else (activations[name],),
+        )
+        for name, stack in stacks.items()
+    }
+
+
+def _limits_of(name: str, optimizer: OptimizerSpec, limits: Mapping[str, Any] | None) -> Any:
+    if limits is None or (isinstance(optimizer, CustomOptimizerSpec) and name not in limits):
+        return None, None
+    return limits[name]
 
 
 def _layout_of_features(stack: Stack, dim: int, batches: Sequence[int], sparsecores: int) -> Any:

@@ -16,6 +16,7 @@ from embax.compat.sparsecore.lib.nn.embedding_spec import (
     TableSettingInStack,
     TableSpec,
 )
+from embax.compat.sparsecore.utils import utils
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -34,6 +35,18 @@ class _Optimizer(embax.OptimizerSpec):
 
 
 _STACK_FIELDS = [field.name for field in dataclasses.fields(StackedTableSpec) if field.name != "optimizer"]
+
+
+def checked_num_sc(num_sc_per_device: int | None) -> int:
+    """The number given, if a device may have so many SparseCores, or that of the first device."""
+    if num_sc_per_device is None:
+        return utils.num_sparsecores_per_device()
+    if num_sc_per_device not in utils.NUM_SC_PER_DEVICE_MAP.values():
+        raise ValueError(
+            f"Invalid num_sc_per_device: {num_sc_per_device}; it must be one of "
+            f"{sorted(set(utils.NUM_SC_PER_DEVICE_MAP.values()))}."
+        )
+    return num_sc_per_device
 
 
 def feature_leaves(feature_specs: Any) -> list[FeatureSpec]:

@@ -1,24 +1,23 @@
 """Specs, packing, lookups and updates under the reference's names."""
 
-import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 import embax
-from embax._mesh import TableMesh
-from embax._preprocess import stats as _stats
 from embax._stacking import stack as _stack
 from embax._stacking.parameters import changed_limits
 from embax._stacking.stack import get_default_limits as get_default_limits
 from embax._variables import EmbeddingVariables as EmbeddingVariables
 from embax.compat import _matmul, _packing, _placement
+from embax.compat._batches import PreprocessedInput as PreprocessedInput
+from embax.compat._batches import SparseDenseMatmulInput as SparseDenseMatmulInput
+from embax.compat._batches import SparseDenseMatmulInputStats as SparseDenseMatmulInputStats
+from embax.compat._initial_values import init_embedding_variables as init_embedding_variables
 from embax.compat._peers import PeerAllReduce
+from embax.compat._placement import checked_num_sc
 from embax.compat.sparsecore.lib.core import pybind_input_preprocessing
 from embax.compat.sparsecore.lib.nn import embedding_spec, table_stacking
 from embax.compat.sparsecore.utils import utils
@@ -70,95 +69,11 @@ def _assert_same_structure(a: Any, b: Any, a_name: str = "a", b_name: str = "b")
         _leaves_like(b, a, b_name, a_name)
 
 
-def _num_sc_per_device(num_sc_per_device: int | None) -> int:
-    """The number given, if a device may have so many SparseCores, or that of the first device."""
-    if num_sc_per_device is None:
-        return utils.num_sparsecores_per_device()
-    if num_sc_per_device not in utils.NUM_SC_PER_DEVICE_MAP.values():
-        raise ValueError(
-            f"Invalid num_sc_per_device: {num_sc_per_device}; it must be one of "
-            f"{sorted(set(utils.NUM_SC_PER_DEVICE_MAP.values()))}."
-        )
-    return num_sc_per_device
-
-
 class EmbeddingVariablesInitializer(NamedTuple):
     """The initializers of a table and its slots."""
 
     table: Any
     slot: Any
-
-
-class SparseDenseMatmulInput(NamedTuple):
-    """The packed arrays, each by the name of the stack: see `embax.PreprocessedInput` for what they hold."""
-
-    lhs_row_pointers: Mapping[str, Any]
-    lhs_embedding_ids: Mapping[str, Any]
-    lhs_sample_ids: Mapping[str, Any]
-    lhs_gains: Mapping[str, Any]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class SparseDenseMatmulInputStats(_stats.SparseDenseMatmulInputStats):
-    """Counts of one packed batch: see `embax.SparseDenseMatmulInputStats`. A pytree."""
-
-    def replace(self, **changes: Any) -> "SparseDenseMatmulInputStats":
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
-
-    @classmethod
-    def of(cls, stats: _stats.SparseDenseMatmulInputStats) -> "SparseDenseMatmulInputStats":
-        """The same counts as this class."""
-        return cls(**{field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)})
-
-    def get_required_buffer_size_per_device(self, table_name: str, num_sc_per_device: int | None = None) -> int | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Entries of a stack that fit the batch on every device, or None for a stack without values."""
-        return super().get_required_buffer_size_per_device(table_name, num_sc_per_device)
-
-    def set_required_buffer_size_per_device(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, table_name: str, required_buffer_size_per_device: int, num_sc_per_device: int | None = None
-    ) -> None:
-        """Sets the entries of a stack that a device needs, equally for each of its SparseCores."""
-        super().set_required_buffer_size_per_device(table_name, required_buffer_size_per_device, num_sc_per_device)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PreprocessedInput:
-    """A packed batch. A pytree.
-
-    Args:
-        sparse_dense_matmul_input: its arrays.
-        num_minibatches: the number of minibatches, a scalar or an array of equal values, one a local device.
-    """
-
-    sparse_dense_matmul_input: SparseDenseMatmulInput
-    num_minibatches: Any = dataclasses.field(default_factory=lambda: np.array(1, np.int32))
-
-    def replace(self, **changes: Any) -> "PreprocessedInput":
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
-
-    @property
-    def lhs_row_pointers(self) -> Mapping[str, Any]:
-        """Row pointers by stack."""
-        return self.sparse_dense_matmul_input.lhs_row_pointers
-
-    @property
-    def lhs_embedding_ids(self) -> Mapping[str, Any]:
-        """Embedding ids by stack."""
-        return self.sparse_dense_matmul_input.lhs_embedding_ids
-
-    @property
-    def lhs_sample_ids(self) -> Mapping[str, Any]:
-        """Sample ids by stack."""
-        return self.sparse_dense_matmul_input.lhs_sample_ids
-
-    @property
-    def lhs_gains(self) -> Mapping[str, Any]:
-        """Gains by stack."""
-        return self.sparse_dense_matmul_input.lhs_gains
 
 
 def get_table_specs(feature_specs: Any) -> dict[str, embedding_spec.TableSpec]:
@@ -191,7 +106,7 @@ def prepare_feature_specs_for_training(
     feature_specs: Any, global_device_count: int, num_sc_per_device: int | None = None
 ) -> None:
     """Places every table that is not stacked yet, and its features, in place: see `embax.prepare_feature_specs_for_training`."""
-    sparsecores = _num_sc_per_device(num_sc_per_device)
+    sparsecores = checked_num_sc(num_sc_per_device)
 
     def place(copies: list[Any]) -> None:
         _stack.prepare_feature_specs_for_training(copies, global_device_count, sparsecores)
@@ -213,7 +128,7 @@ def auto_stack_tables(
     table_stacking.auto_stack_tables(
         feature_specs,
         global_device_count,
-        _num_sc_per_device(num_sc_per_device),
+        checked_num_sc(num_sc_per_device),
         stack_to_max_ids_per_partition=stack_to_max_ids_per_partition,
         stack_to_max_unique_ids_per_partition=stack_to_max_unique_ids_per_partition,
         use_short_stack_names=use_short_stack_names,
@@ -226,7 +141,7 @@ def compute_row_pointers_size_per_device(
 ) -> int:
     """See `embax.compute_row_pointers_size_per_device`."""
     return pybind_input_preprocessing.compute_row_pointers_size_per_device(
-        global_device_count, _num_sc_per_device(num_sc_per_device), enable_minibatching
+        global_device_count, checked_num_sc(num_sc_per_device), enable_minibatching
     )
 
 
@@ -238,7 +153,7 @@ def compute_theoretical_max_coo_buffer_size(
 ) -> int:
     """See `embax.compute_theoretical_max_coo_buffer_size`."""
     return pybind_input_preprocessing.compute_theoretical_max_coo_buffer_size(
-        max_ids_per_partition, global_device_count, _num_sc_per_device(num_sc_per_device), enable_minibatching
+        max_ids_per_partition, global_device_count, checked_num_sc(num_sc_per_device), enable_minibatching
     )
 
 
@@ -252,7 +167,7 @@ def compute_coo_buffer_size_per_device(
     return pybind_input_preprocessing.compute_coo_buffer_size_per_device(
         _placement.feature_leaves(feature_specs),
         global_device_count,
-        _num_sc_per_device(num_sc_per_device),
+        checked_num_sc(num_sc_per_device),
         enable_minibatching,
     )
 
@@ -340,7 +255,7 @@ def preprocess_sparse_dense_matmul_input(
     if features_weights is not None:
         weights = _leaves_like(features_weights, feature_specs, "features_weights", "feature_specs")
     sharding_strategy_to_enum(sharding_strategy)
-    sparsecores = _num_sc_per_device(num_sc_per_device)
+    sparsecores = checked_num_sc(num_sc_per_device)
     packed = _packing.pack(
         specs,
         list(map(_batch_of, specs, ids)),
@@ -423,7 +338,7 @@ def preprocess_sparse_dense_matmul_input_from_sparse_tensor(
         None,
         local_device_count,
         global_device_count,
-        num_sc_per_device=_num_sc_per_device(num_sc_per_device),
+        num_sc_per_device=checked_num_sc(num_sc_per_device),
         any_id=False,
         has_leading_dimension=has_leading_dimension,
         allow_id_dropping=allow_id_dropping,
@@ -460,7 +375,7 @@ def eval_preprocess_sparse_dense_matmul_input_shape(
         _placement.feature_leaves(feature_specs),
         local_device_count,
         global_device_count,
-        num_sc_per_device=_num_sc_per_device(num_sc_per_device),
+        num_sc_per_device=checked_num_sc(num_sc_per_device),
         has_leading_dimension=has_leading_dimension,
         enable_minibatching=enable_minibatching,
     )
@@ -526,47 +441,6 @@ def unstack_embedding_activations(
     return _unflatten(feature_specs, stacks, parts)
 
 
-def _arrays_of(
-    preprocessed_inputs: PreprocessedInput | SparseDenseMatmulInput,
-    stacks: Mapping[str, Any],
-    variables: Mapping[str, Any],
-    enable_minibatching: bool,
-) -> tuple[dict[str, list[Any]], Any]:
-    """The packed arrays of each stack, and the number of minibatches, None without minibatching."""
-    if isinstance(preprocessed_inputs, SparseDenseMatmulInput):
-        preprocessed_inputs = PreprocessedInput(preprocessed_inputs)
-    arrays = preprocessed_inputs.sparse_dense_matmul_input
-    expected = set(stacks)
-    for what, given in (("preprocessed inputs", arrays.lhs_row_pointers), ("embedding variables", variables)):
-        if set(given) != expected:
-            raise ValueError(
-                f"The {what} are of the stacks {sorted(given)}, the feature specs have {sorted(expected)}; they must be the same."
-            )
-    number = preprocessed_inputs.num_minibatches if enable_minibatching else None
-    return {name: [array[name] for array in arrays] for name in stacks}, number
-
-
-def look_up_stacks(
-    preprocessed_inputs: PreprocessedInput | SparseDenseMatmulInput,
-    embedding_variables: Mapping[str, Any],
-    feature_specs: Any,
-    *,
-    devices: int,
-    sparsecores: int,
-    enable_minibatching: bool,
-    axis_name: Any = None,
-) -> dict[str, jax.Array]:
-    """`tpu_sparse_dense_matmul` without unstacking, where the axis of the mesh may be given that tables are sharded over."""
-    stacks = _matmul.stacks_of(feature_specs)
-    arrays, number = _arrays_of(preprocessed_inputs, stacks, embedding_variables, enable_minibatching)
-    return {
-        name: _matmul.look_up(
-            stack, arrays[name], number, embedding_variables[name][0], devices, sparsecores, axis_name
-        )
-        for name, stack in stacks.items()
-    }
-
-
 def tpu_sparse_dense_matmul(
     preprocessed_inputs: PreprocessedInput | SparseDenseMatmulInput,
     embedding_variables: Mapping[str, EmbeddingVariables],
@@ -599,8 +473,8 @@ def tpu_sparse_dense_matmul(
         ValueError: inputs, variables and specs have different stacks, or sizes that do not fit.
     """
     sharding_strategy_to_enum(sharding_strategy)
-    sparsecores = _num_sc_per_device(num_sc_per_device)
-    activations = look_up_stacks(
+    sparsecores = checked_num_sc(num_sc_per_device)
+    activations = _matmul.look_up_stacks(
         preprocessed_inputs,
         embedding_variables,
         feature_specs,
@@ -699,7 +573,7 @@ def tpu_sparse_dense_matmul_grad(
         KeyError: `embedding_var_limits` lacks a stack whose optimizer is not custom.
     """
     sharding_strategy_to_enum(sharding_strategy)
-    sparsecores = _num_sc_per_device(num_sc_per_device)
+    sparsecores = checked_num_sc(num_sc_per_device)
     devices = jax.device_count() if global_device_count is None else global_device_count
     gradients = activation_gradients
     if perform_stacking:
@@ -707,7 +581,7 @@ def tpu_sparse_dense_matmul_grad(
             activation_gradients, feature_specs, sparsecores, devices, use_gradient_stacking_primitive
         )
     with jax.named_scope(label or "sparse_dense_matmul_grad"):
-        return update_stacks(
+        return _matmul.update_stacks(
             gradients,
             preprocessed_inputs,
             embedding_variables,
@@ -718,146 +592,6 @@ def tpu_sparse_dense_matmul_grad(
             step=step,
             embedding_var_limits=embedding_var_limits,
         )
-
-
-def update_stacks(
-    gradients: Mapping[str, jax.Array],
-    preprocessed_inputs: PreprocessedInput | SparseDenseMatmulInput,
-    embedding_variables: Mapping[str, Any],
-    feature_specs: Any,
-    *,
-    devices: int,
-    sparsecores: int,
-    enable_minibatching: bool,
-    step: int | jax.Array | None = None,
-    embedding_var_limits: Mapping[str, tuple[float | None, float | None]] | None = None,
-    axis_name: Any = None,
-    activations: Mapping[str, jax.Array] | None = None,
-) -> dict[str, Any]:
-    """`tpu_sparse_dense_matmul_grad` of stacked gradients, where more may be given.
-
-    Args:
-        gradients: by stack float32[samples on the device, dim].
-        preprocessed_inputs: see `tpu_sparse_dense_matmul_grad`, as all that follow.
-        embedding_variables: of each stack the rows of this device.
-        feature_specs: the placed feature tree.
-        devices: devices that tables are sharded over.
-        sparsecores: SparseCores of each.
-        enable_minibatching: whether the batch was packed so.
-        step: the number of the step.
-        embedding_var_limits: what new rows are clipped to.
-        axis_name: the axis of the mesh that tables are sharded over, or a tuple of axes; None where these can be told.
-        activations: what `look_up_stacks` returned in the same jitted step, so that XLA sees that the lookup comes first.
-    """
-    stacks = _matmul.stacks_of(feature_specs)
-    arrays, number = _arrays_of(preprocessed_inputs, stacks, embedding_variables, enable_minibatching)
-    return {
-        name: _matmul.update(
-            stack,
-            arrays[name],
-            number,
-            gradients[name],
-            embedding_variables[name],
-            devices,
-            sparsecores,
-            step,
-            _limits_of(name, stack.spec.optimizer, embedding_var_limits),
-            axis_name,
-            () if activations is None else (activations[name],),
-        )
-        for name, stack in stacks.items()
-    }
-
-
-def _limits_of(name: str, optimizer: embedding_spec.OptimizerSpec, limits: Mapping[str, Any] | None) -> Any:
-    if limits is None or (isinstance(optimizer, embedding_spec.CustomOptimizerSpec) and name not in limits):
-        return None, None
-    return limits[name]
-
-
-def _checked_axis(global_sharding: NamedSharding, bypass_mesh_check: bool) -> Any:
-    """The axis, or tuple of axes, that tables are sharded over."""
-    spec: Any = tuple(global_sharding.spec)
-    mesh: Any = global_sharding.mesh
-    if len(spec) not in (2, 3) or spec[0] is None or any(part is not None for part in spec[1:]):
-        axis = mesh.axis_names[0] if len(mesh.axis_names) == 1 else tuple(mesh.axis_names)
-        raise ValueError(
-            f"PartitionSpec of the global sharding either needs to be in the format {PartitionSpec(axis, None, None)} or "
-            f"{PartitionSpec(axis, None)}. Got {global_sharding.spec}"
-        )
-    if not bypass_mesh_check and list(mesh.devices.flat) != jax.devices():
-        raise ValueError(
-            "global_sharding needs to be created with default device order from jax.devices(), but its mesh has "
-            f"{list(mesh.devices.flat)} and jax.devices() are {jax.devices()}. Pass bypass_mesh_check=True to use it as it is."
-        )
-    return spec[0]
-
-
-def init_embedding_variables(
-    rng: jax.Array,
-    table_specs: Any,
-    global_sharding: NamedSharding,
-    num_sparsecore_per_device: int | None = None,
-    bypass_mesh_check: bool = False,
-) -> dict[str, EmbeddingVariables]:
-    """The first values of all tables and slots. They depend on the number of devices and SparseCores.
-
-    Each SparseCore of each stack has a key of its own, with which the initializers make, table after table, what it holds.
-
-    Args:
-        rng: a PRNG key.
-        table_specs: tree of tables, stacked or not.
-        global_sharding: over which devices tables are sharded: `P(axis, None)`, or `P(axis, None, None)` for arrays with a
-            leading dimension of the devices, as `jax.pmap` takes them. `axis` may be a tuple.
-        num_sparsecore_per_device: SparseCores of each; None means those of the first device.
-        bypass_mesh_check: whether the mesh may have other devices than `jax.devices()`, or another order.
-
-    Returns:
-        For each stack its variables, float32[rows, dim] or float32[devices, rows of a device, dim], with this sharding.
-
-    Raises:
-        ValueError: the partition spec or the mesh is another.
-    """
-    axis = _checked_axis(global_sharding, bypass_mesh_check)
-    sparsecores = _num_sc_per_device(num_sparsecore_per_device)
-    mesh: Any = global_sharding.mesh
-    spec = global_sharding.spec
-    over: Any = TableMesh.checked(mesh, axis)
-    stacks = table_stacking.get_table_stacks(table_specs)
-    num_keys = over.num_devices * sparsecores
-    variables = {}
-    for number, (name, tables) in enumerate(stacks.items()):
-        tables = sorted(tables, key=lambda table: table.setting_in_stack.row_offset_in_shard)
-        slots = tables[0].optimizer.slot_variables_initializers()
-
-        def on_device(
-            keys: jax.Array, tables: list[embedding_spec.TableSpec] = tables, slots: Any = slots
-        ) -> EmbeddingVariables:
-            def make(initializer_of: Callable[[embedding_spec.TableSpec], Any]) -> jax.Array:
-                def on_sparsecore(key: jax.Array) -> jax.Array:
-                    parts = []
-                    for table in tables:
-                        setting = table.setting_in_stack
-                        shape = (setting.padded_vocab_size // num_keys, setting.padded_embedding_dim)
-                        parts.append(jnp.asarray(initializer_of(table)(key, shape), jnp.float32))
-                    return jnp.concatenate(parts)
-
-                # One after another, so that what initializers need beside their result is small.
-                array = jax.lax.map(on_sparsecore, keys)
-                array = array.reshape(-1, array.shape[-1])
-                return array if len(spec) == 2 else array[None]
-
-            table = make(lambda table: table.initializer)
-            return EmbeddingVariables(table, jax.tree.map(lambda slot: make(lambda _: slot), slots))
-
-        def init(
-            rng: jax.Array, number: int = number, on_device: Callable[..., EmbeddingVariables] = on_device
-        ) -> EmbeddingVariables:
-            keys = jax.random.split(rng, num_keys * len(stacks))[number * num_keys : (number + 1) * num_keys]
-            return over.shard_map(on_device, (PartitionSpec(axis),), spec)(keys)
-
-        variables[name] = jax.jit(init, out_shardings=utils.embedding_table_format(mesh, spec))(rng)
-    return variables
 
 
 def update_preprocessing_parameters(

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from embax.compat.sparsecore.lib.nn import embedding, embedding_spec
+from embax.compat._placement import checked_num_sc
+from embax.compat.sparsecore.lib.nn import embedding_spec
 from embax.compat.sparsecore.lib.proto import embedding_spec_pb2
 
 _Types = embedding_spec_pb2.OptimizerSpecProto
@@ -128,7 +129,7 @@ def create_proto_from_feature_specs(
         ValueError: the number of SparseCores is of no device.
     """
     devices = jax.device_count() if global_device_count is None else global_device_count
-    num_sparsecores = embedding._num_sc_per_device(num_sparsecore_per_device) * devices
+    num_sparsecores = checked_num_sc(num_sparsecore_per_device) * devices
     proto = embedding_spec_pb2.EmbeddingSpecProto()
     stacks: dict[str, Any] = {}
     tables: dict[tuple[str, str], Any] = {}
