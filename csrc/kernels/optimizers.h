@@ -30,26 +30,23 @@
 namespace embax {
 namespace EMBAX_ISA {
 
+// Before a loop over the elements of a row: they do not depend on each other. Without it GCC unrolls short loops before it could
+// make vector instructions of them.
+#define EMBAX_SIMD_LOOP _Pragma("omp simd")
+
 // The length of a row as a constant where the loop was compiled for it (kDim > 0), so that it unrolls.
 template <int kDim>
 inline int64_t Length(int64_t dim) {
   return kDim > 0 ? kDim : dim;
 }
 
-// The sum of the squares of a row, in lanes that a vector register holds, always in the same order.
+// The sum of the squares of a row, added up in an order that depends on the instruction set alone.
 template <int kDim>
 inline float SumOfSquares(const float* __restrict g, int64_t dim) {
-  constexpr int64_t kLanes = kDim == 0 || kDim > 16 ? 16 : kDim;
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= Length<kDim>(dim); i += kLanes) {
-    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += g[i + k] * g[i + k];
-  }
-  for (int64_t k = 0; i + k < Length<kDim>(dim); ++k) lanes[k] += g[i + k] * g[i + k];
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-  }
-  return lanes[0];
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < Length<kDim>(dim); ++i) sum += g[i] * g[i];
+  return sum;
 }
 
 struct ElementWise {
@@ -68,6 +65,7 @@ struct Sgd : ElementWise {
   template <int kDim>
   void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
     float* __restrict w = rows[0];
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < Length<kDim>(dim); ++i) w[i] -= learning_rate * g[i];
   }
 };
@@ -85,6 +83,7 @@ struct Adagrad : ElementWise {
   void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
     float* __restrict w = rows[0];
     float* __restrict a = rows[1];
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
       const float sum = a[i] + g[i] * g[i];
       a[i] = sum;
@@ -120,6 +119,7 @@ struct AdagradMomentum : ElementWise {
     float* __restrict w = rows[0];
     float* __restrict a = rows[1];
     float* __restrict m = rows[2];
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
       const float sum = beta2 * a[i] + share * g[i] * g[i];
       a[i] = sum;
@@ -147,6 +147,7 @@ struct Adam : ElementWise {
     float* __restrict w = rows[0];
     float* __restrict m = rows[1];
     float* __restrict v = rows[2];
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
       const float momentum = m[i] + rate_1 * (g[i] - m[i]);
       const float velocity = v[i] + rate_2 * (g[i] * g[i] - v[i]);
@@ -185,6 +186,7 @@ struct Ftrl : ElementWise {
     float* __restrict w = rows[0];
     float* __restrict a = rows[1];
     float* __restrict l = rows[2];
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
       const float sum = a[i] + g[i] * g[i];
       const float root = kSquareRoot ? std::sqrt(sum) : std::pow(sum, power);
@@ -216,6 +218,7 @@ struct LaProp : ElementWise {
     float* __restrict w = rows[0];
     float* __restrict mu = rows[1];
     float* __restrict nu = rows[2];
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
       const float mean = decay * nu[i] + (1.0f - decay) * (g[i] * g[i] + epsilon);
       nu[i] = mean;
@@ -243,6 +246,7 @@ struct F2a : ElementWise {
   void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
     const float* __restrict n = rows[2];
     int32_t others = 0;
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < Length<kDim>(dim); ++i) others += n[i] != n[0];
     if (others == 0) return Elements<kDim, true>(g, rows, dim);
     Elements<kDim, false>(g, rows, dim);
@@ -260,6 +264,7 @@ struct F2a : ElementWise {
     float* __restrict a = rows[1];
     float* __restrict n = rows[2];
     const float of_all = kSame ? Multiplier(n[0] + 1.0f) : 0.0f;
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
       n[i] += 1.0f;
       const float sum = a[i] + g[i] * g[i];
@@ -288,6 +293,7 @@ struct RowWiseAdagrad {
     *rows[1] = sum;
     const float denominator = std::sqrt(sum) + epsilon;
     const float rate = denominator == 0.0f ? 0.0f : learning_rate / denominator;
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < Length<kDim>(dim); ++i) w[i] -= rate * g[i];
   }
 };
@@ -312,6 +318,7 @@ struct RowWiseAdam {
     *rows[2] = velocity;
     const float denominator = std::sqrt(velocity) + epsilon;
     const float rate = denominator == 0.0f ? 0.0f : alpha / denominator;
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < Length<kDim>(dim); ++i) {
       const float momentum = m[i] + rate_1 * (g[i] - m[i]);
       m[i] = momentum;

@@ -13,7 +13,8 @@ namespace {
 
 // Entries that a row is asked for ahead of its use, and the bytes of it: far enough to cover a memory access (about 100 ns)
 // with the work on the rows between, near enough to stay in the first level cache.
-constexpr int64_t kPrefetchEntries = 8;
+constexpr int64_t kPrefetchEntries = 16;
+constexpr int64_t kPrefetchRows = 8;
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kPrefetchBytes = 1024;
 
@@ -64,11 +65,13 @@ void LookupMinibatch(const LookupTask& t, const Entries& entries) {
       const float gain = entries.gains[e];
       if constexpr (kQuantize) {
         const Quantization q = t.quantization;
+        EMBAX_SIMD_LOOP
         for (int64_t i = 0; i < dim; ++i) {
           const float clipped = row[i] < q.min ? q.min : row[i] > q.max ? q.max : row[i];
           out[i] += gain * (__builtin_nearbyintf((clipped - q.min) * inverse_step) * q.step + q.min);
         }
       } else {
+        EMBAX_SIMD_LOOP
         for (int64_t i = 0; i < dim; ++i) out[i] += gain * row[i];
       }
     }
@@ -86,10 +89,12 @@ void LookupRows(const LookupTask& t) {
 inline void PrepareRow(const RowOptions& options, float* __restrict g, float* __restrict w, int64_t dim) {
   if (options.clip_value < HUGE_VALF) {
     const float limit = options.clip_value;
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < dim; ++i) g[i] = g[i] < -limit ? -limit : g[i] > limit ? limit : g[i];
   }
   if (options.clip_norm < HUGE_VALF) {
     float largest = 0;
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < dim; ++i) {
       const float size = std::fabs(g[i]);
       if (size > largest) largest = size;
@@ -97,113 +102,174 @@ inline void PrepareRow(const RowOptions& options, float* __restrict g, float* __
     // A power of two that keeps the squares from overflow, and those that matter from vanishing.
     const float factor = largest > 0x1p60f ? 0x1p-70f : largest < 0x1p-60f ? 0x1p70f : 1.0f;
     float sum = 0;
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < dim; ++i) sum += g[i] * factor * (g[i] * factor);
     const float norm = std::sqrt(sum);
     if (norm > options.clip_norm * factor) {
+      EMBAX_SIMD_LOOP
       for (int64_t i = 0; i < dim; ++i) g[i] = g[i] * factor * (options.clip_norm / norm);
     }
   }
   if (options.l2 != 0) {
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < dim; ++i) g[i] += options.l2 * w[i];
   }
   if (options.decay != 0) {
+    EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < dim; ++i) w[i] -= options.decay * w[i];
   }
 }
 
-// Walks through the entries of a partition row by row, in ascending order: `entry(entries, first_sample, e, end, is_first)` for
-// each valid entry of a row, those of one source after those of another, and after the last of a row `row(id)`. The samples of
-// a source count from `first_sample` among those of the device.
-template <typename OnEntry, typename OnRow>
-inline __attribute__((always_inline)) void ForEachRow(const PartitionTask& t, OnEntry entry, OnRow row) {
-  for (int64_t s = 0; s < t.num_sources; ++s) {
-    const int64_t begin = PartitionBegin(t.entries[s], t.partition);
-    t.cursors[s] = {begin, PartitionEnd(t.entries[s], t.partition, begin)};
+// The entries of a partition that name rows and samples which exist, in the order of the rows, and of the sources where rows
+// are the same. `key` is the row and in its low half the number of an entry as it was gathered, `what` is known of that number.
+struct RowOrder {
+  const uint64_t* keys;
+  const uint64_t* what;
+  const uint32_t* starts;  // [num_rows + 1]: where each row begins among the keys.
+  int64_t num_rows, num_entries;
+
+  int32_t row(int64_t number) const { return static_cast<int32_t>(keys[starts[number]] >> 32); }
+  uint64_t of(int64_t i) const { return what[static_cast<uint32_t>(keys[i])]; }
+};
+
+// Merges two ascending runs, without a branch for each element.
+inline void MergeRuns(const uint64_t* a, const uint64_t* a_end, const uint64_t* b, const uint64_t* b_end, uint64_t* out) {
+  while (a != a_end && b != b_end) {
+    const uint64_t x = *a, y = *b;
+    const bool second = y < x;
+    *out++ = second ? y : x;
+    b += second;
+    a += !second;
   }
-  for (;;) {
-    // The entries of each source are sorted by id, so the next row is the smallest id that any of them is at.
-    bool found = false;
-    int32_t id = INT32_MAX;
-    for (int64_t s = 0; s < t.num_sources; ++s) {
-      const Cursor cursor = t.cursors[s];
-      if (cursor.next == cursor.end) continue;
-      const int32_t candidate = t.entries[s].ids[cursor.next];
-      if (candidate < id) id = candidate;
-      found = true;
-    }
-    if (!found) return;
-    const bool exists = InRange(id, t.rows_per_partition);
-    bool touched = false;
-    for (int64_t s = 0; s < t.num_sources; ++s) {
-      const Entries& entries = t.entries[s];
-      const int64_t end = t.cursors[s].end;
-      int64_t e = t.cursors[s].next;
-      if (e == end || entries.ids[e] != id) continue;
-      const int64_t first_sample = s / t.num_minibatches * t.num_samples;
-      for (; e < end && entries.ids[e] == id; ++e) {
-        if (!exists || !InRange(entries.samples[e], t.num_samples)) continue;
-        entry(entries, first_sample, e, end, !touched);
-        touched = true;
-      }
-      t.cursors[s].next = e;
-    }
-    if (touched) row(id);
-  }
+  while (a != a_end) *out++ = *a++;
+  while (b != b_end) *out++ = *b++;
 }
 
-int64_t ListRows(const ListTask& t) {
+int64_t CountEntries(const PartitionTask& t) {
   int64_t count = 0;
-  int32_t last = -1;
-  const auto listed = [&](int32_t id) { return id > last && count < t.max_rows; };
-  ForEachRow(
-      t,
-      [&](const Entries& entries, int64_t, int64_t e, int64_t, bool) {
-        if (t.slots != nullptr && listed(entries.ids[e])) {
-          t.slots[entries.ids - t.ids_base + e] = static_cast<int32_t>(t.first_slot + count);
-        }
-      },
-      [&](int32_t id) {
-        if (!listed(id)) return;
-        if (t.rows != nullptr) t.rows[count] = t.first_row + id;
-        ++count;
-        last = id;
-      });
+  for (int64_t s = 0; s < t.num_sources; ++s) {
+    const int64_t begin = PartitionBegin(t.entries[s], t.partition);
+    count += PartitionEnd(t.entries[s], t.partition, begin) - begin;
+  }
   return count;
 }
 
-// Adds an entry to the gradient of its row.
+// Puts the entries of a partition in order; `describe(entries, first_sample, e)` is what is to be known of each. The samples of
+// a source count from `first_sample` among those of the device.
+template <typename Describe>
+inline __attribute__((always_inline)) RowOrder OrderRows(const PartitionTask& t, Describe describe) {
+  uint64_t* keys = t.scratch.keys;
+  uint64_t* other = t.scratch.other_keys;
+  uint64_t* what = t.scratch.what;
+  uint32_t* ends = t.scratch.ends;
+  uint32_t n = 0;
+  int64_t runs = 0;
+  for (int64_t s = 0; s < t.num_sources; ++s) {
+    const Entries& entries = t.entries[s];
+    const int64_t begin = PartitionBegin(entries, t.partition), end = PartitionEnd(entries, t.partition, begin);
+    const int64_t first_sample = s / t.num_minibatches * t.num_samples;
+    const uint32_t first = n;
+    for (int64_t e = begin; e < end; ++e) {
+      const bool valid = InRange(entries.ids[e], t.rows_per_partition) && InRange(entries.samples[e], t.num_samples);
+      keys[n] = static_cast<uint64_t>(static_cast<uint32_t>(entries.ids[e])) << 32 | n;
+      what[n] = describe(entries, first_sample, e);
+      n += valid;
+    }
+    if (n != first) ends[runs++] = n;
+  }
+  while (runs > 1) {
+    int64_t merged = 0;
+    uint32_t begin = 0;
+    for (int64_t r = 0; r < runs; r += 2) {
+      const uint32_t middle = ends[r], end = r + 1 < runs ? ends[r + 1] : middle;
+      MergeRuns(keys + begin, keys + middle, keys + middle, keys + end, other + begin);
+      ends[merged++] = begin = end;
+    }
+    runs = merged;
+    uint64_t* const swapped = keys;
+    keys = other;
+    other = swapped;
+  }
+  uint32_t* starts = reinterpret_cast<uint32_t*>(other);
+  int64_t rows = 0;
+  starts[0] = 0;
+  keys[n] = ~keys[n > 0 ? n - 1 : 0];  // Of another row than the last one.
+  for (uint32_t i = 0; i < n; ++i) {
+    starts[rows + 1] = i + 1;
+    rows += keys[i] >> 32 != keys[i + 1] >> 32;
+  }
+  return {keys, what, starts, rows, n};
+}
+
+int64_t ListRows(const ListTask& t) {
+  const RowOrder order = OrderRows(t, [&](const Entries& entries, int64_t, int64_t e) {
+    return t.slots == nullptr ? 0 : static_cast<uint64_t>(entries.ids - t.ids_base + e);
+  });
+  int64_t count = 0;
+  int32_t last = -1;
+  for (int64_t number = 0; number < order.num_rows && count < t.max_rows; ++number) {
+    const int32_t row = order.row(number);
+    if (row <= last) continue;
+    last = row;
+    if (t.rows != nullptr) t.rows[count] = t.first_row + row;
+    if (t.slots != nullptr) {
+      for (uint32_t i = order.starts[number]; i < order.starts[number + 1]; ++i) {
+        t.slots[order.of(i)] = static_cast<int32_t>(t.first_slot + count);
+      }
+    }
+    ++count;
+  }
+  return count;
+}
+
+// The entries of a partition with their samples among those of the device, and gains.
+inline RowOrder OrderGradients(const GradientTask& t) {
+  return OrderRows(t, [](const Entries& entries, int64_t first_sample, int64_t e) {
+    uint32_t gain;
+    std::memcpy(&gain, entries.gains + e, sizeof(gain));
+    return static_cast<uint64_t>(first_sample + entries.samples[e]) << 32 | gain;
+  });
+}
+
+// Adds up the gradient of a row.
 template <int kDim>
-inline __attribute__((always_inline)) void AddGradient(const GradientTask& t, const Entries& entries, int64_t first_sample,
-                                                       int64_t e, bool is_first) {
+inline __attribute__((always_inline)) void SumGradients(const GradientTask& t, const RowOrder& order, int64_t number,
+                                                        float* __restrict sum) {
   const int64_t dim = Length<kDim>(t.dim);
-  const float* __restrict gradient = t.gradient + (first_sample + entries.samples[e]) * dim;
-  const float gain = entries.gains[e];
-  float* __restrict sum = t.sum;
-  if (is_first) {
-    for (int64_t i = 0; i < dim; ++i) sum[i] = gain * gradient[i];
-  } else {
-    for (int64_t i = 0; i < dim; ++i) sum[i] += gain * gradient[i];
+  const int64_t begin = order.starts[number], end = order.starts[number + 1];
+  for (int64_t i = begin; i < end; ++i) {
+    if (i + kPrefetchEntries < order.num_entries) {
+      PrefetchRow<kDim>(t.gradient + static_cast<int64_t>(order.of(i + kPrefetchEntries) >> 32) * dim, dim);
+    }
+    const uint64_t what = order.of(i);
+    const float* __restrict gradient = t.gradient + static_cast<int64_t>(what >> 32) * dim;
+    const uint32_t bits = static_cast<uint32_t>(what);
+    float gain;
+    std::memcpy(&gain, &bits, sizeof(gain));
+    if (i == begin) {
+      EMBAX_SIMD_LOOP
+      for (int64_t k = 0; k < dim; ++k) sum[k] = gain * gradient[k];
+    } else {
+      EMBAX_SIMD_LOOP
+      for (int64_t k = 0; k < dim; ++k) sum[k] += gain * gradient[k];
+    }
   }
 }
 
 template <int kDim>
 int64_t SumRows(const SumTask& t) {
   const int64_t dim = Length<kDim>(t.dim);
+  const RowOrder order = OrderGradients(t);
   int64_t count = 0;
   int32_t last = -1;
-  ForEachRow(
-      t,
-      [&](const Entries& entries, int64_t first_sample, int64_t e, int64_t, bool is_first) {
-        AddGradient<kDim>(t, entries, first_sample, e, is_first);
-      },
-      [&](int32_t id) {
-        if (id <= last || count == t.max_rows) return;
-        last = id;
-        t.rows[count] = t.first_row + id;
-        float* __restrict out = t.sums + count * dim;
-        for (int64_t i = 0; i < dim; ++i) out[i] = t.sum[i];
-        ++count;
-      });
+  for (int64_t number = 0; number < order.num_rows && count < t.max_rows; ++number) {
+    const int32_t row = order.row(number);
+    if (row <= last) continue;
+    last = row;
+    t.rows[count] = t.first_row + row;
+    SumGradients<kDim>(t, order, number, t.sums + count * dim);
+    ++count;
+  }
   return count;
 }
 
@@ -214,34 +280,32 @@ void UpdateRows(const UpdateTask& t) {
   const RowOptions options = t.options;
   const bool prepares = options.clip_value < HUGE_VALF || options.clip_norm < HUGE_VALF || options.l2 != 0 || options.decay != 0;
   const bool limits = options.min > -HUGE_VALF || options.max < HUGE_VALF;
-  const auto prefetch = [&](int64_t id) {
-    for (int k = 0; k <= Rule::kSlots; ++k) {
-      if (StateColumns(Rule::kRowWise, k, 0) == 1) {
-        __builtin_prefetch(t.state[k] + id, 0, 3);
-      } else {
-        PrefetchRow<kDim>(t.state[k] + id * dim, dim);
+  const RowOrder order = OrderGradients(t);
+  float* const sum = t.sum;
+  for (int64_t number = 0; number < order.num_rows; ++number) {
+    if (number + kPrefetchRows < order.num_rows) {
+      const int64_t ahead = order.row(number + kPrefetchRows);
+      for (int k = 0; k <= Rule::kSlots; ++k) {
+        if (StateColumns(Rule::kRowWise, k, 0) == 1) {
+          __builtin_prefetch(t.state[k] + ahead, 0, 3);
+        } else {
+          PrefetchRow<kDim>(t.state[k] + ahead * dim, dim);
+        }
       }
     }
-  };
-  ForEachRow(
-      t,
-      [&](const Entries& entries, int64_t first_sample, int64_t e, int64_t end, bool is_first) {
-        if (e + kPrefetchEntries < end && InRange(entries.ids[e + kPrefetchEntries], t.rows_per_partition)) {
-          prefetch(entries.ids[e + kPrefetchEntries]);
-        }
-        AddGradient<kDim>(t, entries, first_sample, e, is_first);
-      },
-      [&](int32_t id) {
-        float* rows[1 + kMaxSlots];
-        for (int k = 0; k <= Rule::kSlots; ++k) rows[k] = t.state[k] + id * StateColumns(Rule::kRowWise, k, dim);
-        // Columns of padding may hold anything, and a rule of whole rows must not see it.
-        if (prepares) PrepareRow(options, t.sum, rows[0], t.width);
-        rule.template Row<kDim>(t.sum, rows, dim);
-        if (limits) {
-          float* __restrict w = rows[0];
-          for (int64_t i = 0; i < t.width; ++i) w[i] = w[i] < options.min ? options.min : w[i] > options.max ? options.max : w[i];
-        }
-      });
+    SumGradients<kDim>(t, order, number, sum);
+    const int64_t row = order.row(number);
+    float* rows[1 + kMaxSlots];
+    for (int k = 0; k <= Rule::kSlots; ++k) rows[k] = t.state[k] + row * StateColumns(Rule::kRowWise, k, dim);
+    // Columns of padding may hold anything, and a rule of whole rows must not see it.
+    if (prepares) PrepareRow(options, sum, rows[0], t.width);
+    rule.template Row<kDim>(sum, rows, dim);
+    if (limits) {
+      float* __restrict w = rows[0];
+      EMBAX_SIMD_LOOP
+      for (int64_t i = 0; i < t.width; ++i) w[i] = w[i] < options.min ? options.min : w[i] > options.max ? options.max : w[i];
+    }
+  }
 }
 
 // Calls F<kDim> with kDim the length of a row if there is a loop compiled for it, else 0.
@@ -291,7 +355,7 @@ constexpr RowRule kRules[] = {EMBAX_ROW_RULES(EMBAX_RULE)};
 }  // namespace
 
 extern const RowKernels kKernels;
-const RowKernels kKernels = {EMBAX_STRING(EMBAX_ISA), &Lookup, &ListRows, &Sum, kRules, sizeof(kRules) / sizeof(kRules[0])};
+const RowKernels kKernels = {EMBAX_STRING(EMBAX_ISA), &Lookup, &CountEntries, &ListRows, &Sum, kRules, sizeof(kRules) / sizeof(kRules[0])};
 
 }  // namespace EMBAX_ISA
 }  // namespace embax

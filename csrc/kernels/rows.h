@@ -42,15 +42,18 @@ struct LookupTask {
   Quantization quantization;
 };
 
-// Next entry and end of the entries of a partition.
-struct Cursor {
-  int64_t next, end;
-};
-
 // What is done to a row whatever its rule: the gradient is clipped, by value and by Euclidean norm; `l2 * row` is added to it;
 // the row decays to `row - decay * row`; after the rule its elements are clipped to [min, max].
 struct RowOptions {
   float clip_value = HUGE_VALF, clip_norm = HUGE_VALF, l2 = 0, min = -HUGE_VALF, max = HUGE_VALF, decay = 0;
+};
+
+// What the entries of a partition are put in order in, as many of each as RowKernels::count_entries says.
+struct OrderScratch {
+  uint64_t* keys;        // One more.
+  uint64_t* other_keys;  // One more.
+  uint64_t* what;        // One more.
+  uint32_t* ends;        // [num_sources]
 };
 
 // The entries of one partition, of all SparseCores of the device.
@@ -61,7 +64,7 @@ struct PartitionTask {
   int64_t partition;
   int64_t num_samples;         // Of a SparseCore.
   int64_t rows_per_partition;  // What ids must be below.
-  Cursor* cursors;             // scratch, [num_sources]
+  OrderScratch scratch;
 };
 
 // Lists the rows that entries name, each once, ascending; returns their number. Rows that do not ascend, which no packing
@@ -115,6 +118,7 @@ static inline int64_t StateColumns(unsigned row_wise, int state, int64_t dim) {
 struct RowKernels {
   const char* isa;
   void (*lookup)(const LookupTask&);
+  int64_t (*count_entries)(const PartitionTask&);
   int64_t (*list_rows)(const ListTask&);
   int64_t (*sum_rows)(const SumTask&);
   const RowRule* rules;
