@@ -19,6 +19,7 @@
 #include "core/radix_sort.h"
 #include "kernels/ffi_common.h"
 #include "kernels/packed_batch.h"
+#include "kernels/partition_scratch.h"
 #include "kernels/rows.h"
 
 namespace embax {
@@ -177,22 +178,20 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     }
     bytes += sizeof(float) * t.dim * batch.NumEntries(k) * (2 + updates[k].rule->num_slots);
   }
+  const RowKernels& kernels = SelectRowKernels();
   return RunTasks(threads, n * num_sparsecores, bytes, [&](int64_t task) {
     const int64_t stack = task / num_sparsecores, partition = task % num_sparsecores;
     UpdateTask t = updates[stack].task;
     std::vector<Entries> sources;
     sources.reserve(t.num_sources);
     for (int64_t s = 0; s < num_sparsecores; ++s) batch.Append(stack, s, sources);
-    std::vector<Cursor> cursors(t.num_sources);
-    std::vector<float> sum(t.dim);
     t.entries = sources.data();
-    t.cursors = cursors.data();
-    t.sum = sum.data();
     t.partition = partition;
     const RowRule& rule = *updates[stack].rule;
     for (int slot = 0; slot <= rule.num_slots; ++slot) {
       t.state[slot] += partition * t.rows_per_partition * StateColumns(rule.row_wise, slot, t.dim);
     }
+    PartitionScratch::OfThread().Serve(t, kernels, t.dim);
     rule.update(t);
   });
 }
@@ -279,6 +278,7 @@ ffi::Error ApplyRows(ffi::ThreadPool threads, Floats hyperparameters, ffi::Remai
     sorted[k] = std::make_unique<SortedRows>(rows[k].typed_data(), rows[k].element_count(), updates.table_rows(k));
   });
   if (error.failure()) return error;
+  const RowKernels& kernels = SelectRowKernels();
   return RunTasks(threads, n * kParts, bytes, [&](int64_t task) {
     const int64_t stack = task / kParts, part = task % kParts;
     const SortedRows& own = *sorted[stack];
@@ -286,12 +286,9 @@ ffi::Error ApplyRows(ffi::ThreadPool threads, Floats hyperparameters, ffi::Remai
     if (begin >= end) return;
     const Entries entries = own.Part(begin, end);
     UpdateTask t = updates[stack].task;
-    Cursor cursor;
-    std::vector<float> sum(t.dim);
     t.entries = &entries;
-    t.cursors = &cursor;
-    t.sum = sum.data();
     t.partition = 0;
+    PartitionScratch::OfThread().Serve(t, kernels, t.dim);
     updates[stack].rule->update(t);
   });
 }

@@ -7,6 +7,7 @@
 #include "kernels/ffi.h"
 #include "kernels/ffi_common.h"
 #include "kernels/packed_batch.h"
+#include "kernels/partition_scratch.h"
 #include "kernels/rows.h"
 
 namespace embax {
@@ -36,19 +37,21 @@ class RowLists {
   // Calls body(partition task) for each partition of a task.
   template <typename Body>
   void ForEachPartition(int64_t task, Body&& body) const {
+    const RowKernels& kernels = SelectRowKernels();
     const int64_t stack = stack_of(task), begin = task % parts() * per_part_;
     std::vector<Entries> sources;
     for (int64_t s = 0; s < batch_.sparsecores_per_device(); ++s) batch_.Append(stack, s, sources);
-    std::vector<Cursor> cursors(sources.size());
     PartitionTask t;
     t.entries = sources.data();
     t.num_sources = static_cast<int64_t>(sources.size());
     t.num_minibatches = batch_.num_minibatches();
     t.num_samples = batch_.stack(stack).samples_per_sparsecore;
     t.rows_per_partition = num_rows_[stack] / batch_.sparsecores_per_device();
-    t.cursors = cursors.data();
     const int64_t end = std::min(begin + per_part_, batch_.num_sparsecores());
-    for (t.partition = begin; t.partition < end; ++t.partition) body(t);
+    for (t.partition = begin; t.partition < end; ++t.partition) {
+      PartitionScratch::OfThread().Serve(t, kernels);
+      body(t);
+    }
   }
 
   // The first row of a partition on the device that owns it.
@@ -196,14 +199,12 @@ ffi::Error RowGradients(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids
   return RunTasks(threads, lists.num_tasks(), lists.Bytes(2 * columns), [&](int64_t task) {
     const int64_t stack = lists.stack_of(task);
     const Stack& own = each[stack];
-    std::vector<float> sum(own.gradient.columns);
     lists.ForEachPartition(task, [&](const PartitionTask& partition) {
       const int64_t start = lists.Starts(stack)[partition.partition];
       SumTask t{};
       static_cast<PartitionTask&>(t) = partition;
       t.gradient = own.gradient.data;
       t.dim = own.gradient.columns;
-      t.sum = sum.data();
       t.max_rows = lists.count(stack, t.partition);
       t.first_row = lists.FirstRow(t);
       t.rows = own.rows + start;

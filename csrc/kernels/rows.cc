@@ -281,7 +281,7 @@ void UpdateRows(const UpdateTask& t) {
   const bool prepares = options.clip_value < HUGE_VALF || options.clip_norm < HUGE_VALF || options.l2 != 0 || options.decay != 0;
   const bool limits = options.min > -HUGE_VALF || options.max < HUGE_VALF;
   const RowOrder order = OrderGradients(t);
-  float* const sum = t.sum;
+  float* const sum = t.scratch.sum;
   for (int64_t number = 0; number < order.num_rows; ++number) {
     if (number + kPrefetchRows < order.num_rows) {
       const int64_t ahead = order.row(number + kPrefetchRows);

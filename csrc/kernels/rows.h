@@ -48,12 +48,13 @@ struct RowOptions {
   float clip_value = HUGE_VALF, clip_norm = HUGE_VALF, l2 = 0, min = -HUGE_VALF, max = HUGE_VALF, decay = 0;
 };
 
-// What the entries of a partition are put in order in, as many of each as RowKernels::count_entries says.
+// What the entries of a partition are put in order in: `count` is what RowKernels::count_entries says of them.
 struct OrderScratch {
-  uint64_t* keys;        // One more.
-  uint64_t* other_keys;  // One more.
-  uint64_t* what;        // One more.
+  uint64_t* keys;        // [count + 1]
+  uint64_t* other_keys;  // [count + 1]
+  uint64_t* what;        // [count + 1]
   uint32_t* ends;        // [num_sources]
+  float* sum;            // [dim], for updates.
 };
 
 // The entries of one partition, of all SparseCores of the device.
@@ -64,7 +65,7 @@ struct PartitionTask {
   int64_t partition;
   int64_t num_samples;         // Of a SparseCore.
   int64_t rows_per_partition;  // What ids must be below.
-  OrderScratch scratch;
+  OrderScratch scratch;  // See PartitionScratch.
 };
 
 // Lists the rows that entries name, each once, ascending; returns their number. Rows that do not ascend, which no packing
@@ -82,7 +83,6 @@ struct ListTask : PartitionTask {
 struct GradientTask : PartitionTask {
   const float* gradient;  // [num_sources / num_minibatches, num_samples, dim]
   int64_t dim;
-  float* sum;  // scratch, [dim]
 };
 
 // Lists rows as ListTask does, and their gradients; returns their number.
@@ -118,7 +118,7 @@ static inline int64_t StateColumns(unsigned row_wise, int state, int64_t dim) {
 struct RowKernels {
   const char* isa;
   void (*lookup)(const LookupTask&);
-  int64_t (*count_entries)(const PartitionTask&);
+  int64_t (*count_entries)(const PartitionTask&);  // At least the number of them.
   int64_t (*list_rows)(const ListTask&);
   int64_t (*sum_rows)(const SumTask&);
   const RowRule* rules;

@@ -1,4 +1,5 @@
 // The row kernels against loops that are too simple to be wrong, on sound entries and on damaged ones.
+#include "kernels/partition_scratch.h"
 #include "kernels/rows.h"
 
 #include <cmath>
@@ -12,7 +13,6 @@
 
 namespace {
 
-using embax::Cursor;
 using embax::Entries;
 using embax::LookupTask;
 using embax::RowKernels;
@@ -203,8 +203,6 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
   std::vector<std::vector<float>> wanted = state;
   std::vector<Entries> entries;
   for (int64_t s = 0; s < batch.sources; ++s) entries.push_back(batch.Of(s));
-  std::vector<Cursor> cursors(batch.sources);
-  std::vector<float> sum(dim);
   for (int64_t p = 0; p < batch.partitions; ++p) {
     UpdateTask task{};
     task.entries = entries.data();
@@ -219,8 +217,8 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
     task.width = width;
     task.options = options;
     task.hyperparameters = hyperparameters.data();
-    task.cursors = cursors.data();
-    task.sum = sum.data();
+    embax::PartitionScratch scratch;  // Of its own, so that the sanitizers see where it ends.
+    scratch.Serve(task, kernels, dim);
     rule.update(task);
   }
   if (damaged) return;
