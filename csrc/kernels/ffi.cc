@@ -10,14 +10,11 @@
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "core/keys.h"
 #include "core/parallel.h"
 #include "core/radix_sort.h"
 #include "kernels/ffi_common.h"
+#include "kernels/huge_pages.h"
 #include "kernels/packed_batch.h"
 #include "kernels/partition_scratch.h"
 #include "kernels/rows.h"
@@ -28,6 +25,23 @@ namespace {
 using Matrix = ffi::Buffer<ffi::F32, 2>;
 using ResultMatrix = ffi::Result<Matrix>;
 using FloatSpan = ffi::Span<const float>;
+
+// Asks for huge pages for the activations of all stacks. XLA takes such memory anew from the system for each call, so that each
+// page of it costs a fault; those of several stacks lie side by side, and together are large enough for huge pages.
+void AdviseFor(std::vector<Columns> activations) {
+  constexpr int64_t kGap = 64 / sizeof(float);  // XLA aligns arrays.
+  std::sort(activations.begin(), activations.end(), [](const Columns& a, const Columns& b) { return a.data < b.data; });
+  const float* begin = nullptr;
+  const float* end = nullptr;
+  for (const Columns& one : activations) {
+    if (end == nullptr || one.data < end || one.data - end > kGap) {
+      AdviseHugePages(begin, end);
+      begin = one.data;
+    }
+    end = one.data + one.rows * one.columns;
+  }
+  AdviseHugePages(begin, end);
+}
 
 ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
                   Int32s num_minibatches, ffi::RemainingArgs tables, ffi::RemainingRets activations,
@@ -42,6 +56,7 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     return Invalid("lookup: as many tables and activations as stacks are expected");
   }
   std::vector<LookupTask> tasks(n);
+  std::vector<Columns> outs;
   int64_t bytes = 0;
   for (int64_t k = 0; k < n; ++k) {
     const Columns table = Columns::Of(tables, k), out = Columns::Of(activations, k);
@@ -58,10 +73,12 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     t.partition_stride = gathered ? 0 : t.rows_per_partition;
     t.dim = table.columns;
     t.out = out.data;
+    outs.push_back(out);
     t.num_samples = samples_per_sparsecore;
     t.quantization = {quantization[3 * k], quantization[3 * k + 1], quantization[3 * k + 2]};
     bytes += sizeof(float) * t.dim * (batch.NumEntries(k) + out.rows);
   }
+  AdviseFor(std::move(outs));
   const RowKernels& kernels = SelectRowKernels();
   return RunTasks(threads, n * sparsecores_per_device, bytes, [&](int64_t task) {
     const int64_t stack = task / sparsecores_per_device, sparsecore = task % sparsecores_per_device;
@@ -296,16 +313,11 @@ ffi::Error ApplyRows(ffi::ThreadPool threads, Floats hyperparameters, ffi::Remai
 // Every row of the result is `row`. Rows of a table are read at random: huge pages, asked for before the memory is first
 // touched, spare most of the page table walks.
 ffi::Error Fill(ffi::ThreadPool threads, Floats row, ResultMatrix table) {
-  constexpr uintptr_t kHugePage = 2 << 20;
   const auto shape = table->dimensions();
   const int64_t rows = shape[0], dim = shape[1];
   if (static_cast<int64_t>(row.element_count()) != dim) return Invalid("fill: the row has another length than the table");
   float* data = table->typed_data();
-#if defined(__linux__)
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = reinterpret_cast<uintptr_t>(data + rows * dim) / kHugePage * kHugePage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // Only a wish: may fail.
-#endif
+  AdviseHugePages(data, data + rows * dim);
   const int64_t rows_per_task = std::max<int64_t>(1, kHugePage / (sizeof(float) * std::max<int64_t>(dim, 1)));
   const int64_t tasks = (rows + rows_per_task - 1) / rows_per_task;
   ParallelFor([&](std::function<void()> work) { threads.Schedule(std::move(work)); }, NumThreads(threads) - 1, tasks,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from embax import _native
@@ -161,6 +162,10 @@ def _in_place(
             )
     num_states = sum(1 + optimizer.slot_variables_count() for optimizer in optimizers)
     states = operands[first_state : first_state + num_states]
+    # Of what orders the update an element each: whole arrays could not be overwritten before it, as by the gradients that are
+    # computed from them.
+    after = [array.reshape(-1)[0] for array in operands[first_state + num_states :] if array.size]
+    operands = [*operands[: first_state + num_states], *([jnp.stack(after)] if after else [])]
     return jax.ffi.ffi_call(
         target,
         [jax.ShapeDtypeStruct(state.shape, state.dtype) for state in states],
