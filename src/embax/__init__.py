@@ -9,6 +9,7 @@ from embax._mesh import StepsInFlight as StepsInFlight
 from embax._mesh import place_batch as place_batch
 from embax._ops.backend import default_backend as default_backend
 from embax._ops.backend import use_backend as use_backend
+from embax._prefetch import prefetch as prefetch
 from embax._preprocess.all_reduce import AllReduceInterface as AllReduceInterface
 from embax._preprocess.all_reduce import DistributedAllReduce as DistributedAllReduce
 from embax._preprocess.all_reduce import ThreadAllReduce as ThreadAllReduce
