@@ -1,13 +1,9 @@
 """Training and prediction, for any dataset."""
 
-import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -30,9 +26,6 @@ PREDICTION_BATCH = 8192
 PACKED_AHEAD = 4  # batches that the packing thread may be ahead of the training step
 STEPS_IN_FLIGHT = 8  # dispatched steps that may be unfinished: some versions of JAX abort on long queues
 VALIDATIONS_PER_EPOCH = 4
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 @dataclasses.dataclass
@@ -143,15 +136,4 @@ def _packed(model: ClickModel, dataset: Dataset, batches: Iterable[np.ndarray]) 
         ids, dense, labels = dataset.batch(rows)
         return packer(embax_ids(ids)), dense, labels
 
-    return _ahead(pack, batches)
-
-
-def _ahead(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """``map(function, items)`` in one background thread, at most PACKED_AHEAD results early."""
-    remaining = iter(items)
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-        waiting = deque(thread.submit(function, item) for item in itertools.islice(remaining, PACKED_AHEAD))
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(thread.submit(function, item) for item in itertools.islice(remaining, 1))
-            yield result
+    return embax.prefetch(batches, pack, size=PACKED_AHEAD)
