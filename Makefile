@@ -28,7 +28,7 @@ SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
   $(shell find src csrc -name __pycache__ -prune -o -path csrc/tests -prune -o -print)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test test-versions test-native test-reference reference test-gpu test-tpu fuzz bench bench-packing bench-scale prove-in-place lint format clean
+.PHONY: help demo examples test test-versions test-native test-reference reference test-gpu test-tpu fuzz bench bench-packing bench-scale bench-prefetch prove-in-place lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
@@ -74,6 +74,9 @@ bench-packing: reference ## Time packing beside the released reference
 
 bench-scale: $(VENV)/.embax $(VENV)/.test ## Compute what steps on up to 1,024 devices exchange and hold
 	$(BIN)/python -m benchmarks.scale
+
+bench-prefetch: $(VENV)/.embax $(VENV)/.test ## Time training loops that pack ahead in a thread
+	$(BIN)/python -m benchmarks.prefetching
 
 prove-in-place: $(VENV)/.embax $(VENV)/.test ## Prove that a step's memory does not depend on the vocabulary
 	$(BIN)/python benchmarks/prove_in_place.py
