@@ -30,8 +30,8 @@
 namespace embax {
 namespace EMBAX_ISA {
 
-// Before a loop over the elements of a row: they do not depend on each other. Without it GCC unrolls short loops before it could
-// make vector instructions of them.
+// Stands before a loop over the elements of a row that do not depend on each other; one that adds them up says so by a pragma of
+// its own. Without it GCC unrolls short loops before it could make vector instructions of them.
 #define EMBAX_SIMD_LOOP _Pragma("omp simd")
 
 // The length of a row as a constant where the loop was compiled for it (kDim > 0), so that it unrolls.
@@ -246,7 +246,7 @@ struct F2a : ElementWise {
   void Row(const float* __restrict g, float* const* rows, int64_t dim) const {
     const float* __restrict n = rows[2];
     int32_t others = 0;
-    EMBAX_SIMD_LOOP
+#pragma omp simd reduction(+ : others)
     for (int64_t i = 0; i < Length<kDim>(dim); ++i) others += n[i] != n[0];
     if (others == 0) return Elements<kDim, true>(g, rows, dim);
     Elements<kDim, false>(g, rows, dim);

@@ -11,10 +11,10 @@ namespace embax {
 namespace EMBAX_ISA {
 namespace {
 
-// Entries that a row is asked for ahead of its use, and the bytes of it: far enough to cover a memory access (about 100 ns)
-// with the work on the rows between, near enough to stay in the first level cache.
-constexpr int64_t kPrefetchEntries = 16;
+// How far ahead of its use a row of a table, and what an entry names, is asked for, and the bytes of it: far enough to cover a
+// memory access (about 100 ns) with the work between, near enough to stay in the first level cache.
 constexpr int64_t kPrefetchRows = 8;
+constexpr int64_t kPrefetchEntries = 16;
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kPrefetchBytes = 1024;
 
@@ -94,7 +94,7 @@ inline void PrepareRow(const RowOptions& options, float* __restrict g, float* __
   }
   if (options.clip_norm < HUGE_VALF) {
     float largest = 0;
-    EMBAX_SIMD_LOOP
+#pragma omp simd reduction(max : largest)
     for (int64_t i = 0; i < dim; ++i) {
       const float size = std::fabs(g[i]);
       if (size > largest) largest = size;
@@ -102,7 +102,7 @@ inline void PrepareRow(const RowOptions& options, float* __restrict g, float* __
     // A power of two that keeps the squares from overflow, and those that matter from vanishing.
     const float factor = largest > 0x1p60f ? 0x1p-70f : largest < 0x1p-60f ? 0x1p70f : 1.0f;
     float sum = 0;
-    EMBAX_SIMD_LOOP
+#pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < dim; ++i) sum += g[i] * factor * (g[i] * factor);
     const float norm = std::sqrt(sum);
     if (norm > options.clip_norm * factor) {
