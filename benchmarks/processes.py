@@ -1,0 +1,145 @@
+"""The processes of sides, as this program sees them: started, commanded over pipes, stopped."""
+
+import contextlib
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.sides.setting import Setting
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class SideProgram(NamedTuple):
+    """What runs as a side.
+
+    Args:
+        title: its name for readers.
+        module: a module of `benchmarks.sides`.
+        environment: the environment that it needs, None for that of this program.
+        optimizers: those that it has.
+        sound_columns: how many columns of a row it is known to compute right at least, None for all.
+    """
+
+    title: str
+    module: str
+    environment: str | None
+    optimizers: tuple[str, ...]
+    sound_columns: int | None = None
+
+    @property
+    def python(self) -> str:
+        """The interpreter."""
+        return sys.executable if self.environment is None else str(ROOT / self.environment / "bin" / "python")
+
+    def state_factor(self) -> float:
+        """How many times the memory of its tables a step needs beside tables and slots."""
+        # A gradient of each table and an update.
+        return 2.0 if self.module == "plain_jax" else 0.0
+
+
+EMBAX = SideProgram("embax", "embax_side", None, ("sgd", "adagrad", "rowwise"))
+PEERS = {
+    "jax": SideProgram("plain JAX + optax", "plain_jax", None, ("sgd", "adagrad")),
+    "torch": SideProgram("torch", "torch_bags", "build/venv-torch", ("sgd", "adagrad")),
+    "fbgemm": SideProgram("FBGEMM", "fbgemm", "build/venv-torch", ("sgd", "adagrad", "rowwise")),
+    # The update of release 2.8.0 takes the gradient of the first vector of columns for all columns: 8 with AVX2, 16 with AVX-512.
+    "ipex": SideProgram("IPEX", "ipex", "build/venv-ipex", ("sgd", "adagrad"), sound_columns=8),
+}
+
+
+class SideProcess:
+    """A running side. Its methods wait for its answer.
+
+    Args:
+        program: what runs.
+        setting: what it is told.
+
+    Raises:
+        RuntimeError: in any method, if the process has ended; with the last lines that it printed.
+    """
+
+    def __init__(self, program: SideProgram, setting: Setting):
+        self.program = program
+        self._log = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [program.python, "-m", "benchmarks.sides.worker", program.module, setting.to_json()],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def wait_until_ready(self) -> None:
+        """Waits until tables are made."""
+        self._answer()
+
+    def time(self, number: int, count: int = 1, part: str = "step", untimed: int = 1) -> list[float]:
+        """Milliseconds of `count` calls in a row, from batch `number` on, after calls that are not timed."""
+        return self._ask("time", part=part, first=number, count=count, untimed=untimed)
+
+    def sum(self, number: int, columns: int | None = None) -> float:
+        """The sum of the activations of a batch, of the first columns or of all."""
+        return self._ask("sum", number=number, columns=columns)
+
+    def rows(self, table: int, ids: np.ndarray) -> np.ndarray:
+        """Rows of a table."""
+        with tempfile.TemporaryDirectory() as folder:
+            files = {name: f"{folder}/{name}.npy" for name in ("ids", "out")}
+            np.save(files["ids"], ids)
+            self._ask("rows", table=table, **files)
+            return np.load(files["out"])
+
+    def memory(self) -> dict[str, float]:
+        """`Worker.memory`."""
+        return self._ask("memory")
+
+    def stop(self) -> None:
+        """Ends the process, and waits for that."""
+        with contextlib.suppress(OSError):
+            self._process.stdin and self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout and self._process.stdout.close()
+        self._log.close()
+
+    def _ask(self, do: str, **arguments: Any) -> Any:
+        try:
+            print(json.dumps({"do": do} | arguments), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # It has ended, and left the reason in its log.
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            self._log.seek(0)
+            printed = "".join(self._log.readlines()[-20:])
+            raise RuntimeError(f"the process of {self.program.title} ended with status {status}:\n{printed}")
+        return json.loads(line)
+
+
+@contextlib.contextmanager
+def running(*sides: tuple[SideProgram, Setting]) -> Iterator[list[SideProcess]]:
+    """Processes of sides, which start at the same time and whose tables are made; they are stopped in the end."""
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for program, setting in sides:
+            process = SideProcess(program, setting)
+            stack.callback(process.stop)
+            processes.append(process)
+        for process in processes:
+            process.wait_until_ready()
+        yield processes

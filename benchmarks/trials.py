@@ -1,0 +1,216 @@
+"""Comparisons of sides in turns: as many processes at once as memory holds, after a check that all compute the same."""
+
+import pathlib
+import statistics
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.processes import EMBAX, PEERS, SideProcess, SideProgram, running
+from benchmarks.sides.setting import Setting
+from benchmarks.workloads import Workload
+
+CHECKED_BATCHES = (0, 1, 0)
+CHECKED_TABLES = 4
+CHECKED_ROWS = 5_000
+PAUSE_S = 0.005
+"""Between turns: threads of the side before may still wait for work in a loop."""
+WARM_STEPS = 2
+STEPS_OF_A_PROCESS = 8
+ENOUGH_S = 20.0
+"""A comparison ends after so long, with `FEWEST_ROUNDS` at least."""
+FEWEST_ROUNDS = 5
+FEWEST_PROCESSES = 2
+MARGIN = 0.08
+"""Share of the memory that stays free, beside what frameworks need."""
+FRAMEWORK_BYTES = 600e6
+
+
+class Ratio(NamedTuple):
+    """A median of ratios and their range."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, above: list[float], below: list[float]) -> "Ratio":
+        """Of the ratios of two sides, round by round."""
+        ratios = [a / b for a, b in zip(above, below, strict=True)]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+class Trial(NamedTuple):
+    """embax beside one peer: milliseconds of each round, and what else was found."""
+
+    embax: list[float]
+    peer: list[float]
+    first_step_s: float
+    peak_bytes: float
+    equal: bool
+    """Whether the peer computed the same in all columns."""
+
+    @property
+    def ratio(self) -> Ratio:
+        """Of peer to embax."""
+        return Ratio.of(self.peer, self.embax)
+
+
+def available_bytes() -> float:
+    """Memory that processes may take now."""
+    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+
+
+def needed_bytes(program: SideProgram, workload: Workload, optimizer: str) -> float:
+    """Memory of a side, by computation."""
+    extra = program.state_factor() * workload.table_bytes
+    return workload.state_bytes(optimizer) + extra + FRAMEWORK_BYTES
+
+
+def groups_of(
+    peers: list[SideProgram], workload: Workload, optimizer: str, available: float
+) -> tuple[list[list[SideProgram]], list[list[SideProgram]], list[SideProgram]]:
+    """Peers that run at the same time as embax, those that take turns with it as processes, and those that do not fit at all."""
+    together: list[list[SideProgram]] = []
+    in_turns, left_out = [], []
+    budget = (1 - MARGIN) * available
+    room = budget - needed_bytes(EMBAX, workload, optimizer)
+    used = 0.0
+    for peer in sorted(peers, key=lambda peer: needed_bytes(peer, workload, optimizer)):
+        needed = needed_bytes(peer, workload, optimizer)
+        if needed > budget:
+            left_out.append(peer)
+        elif needed > room:
+            in_turns.append(peer)
+        elif together and used + needed <= room:
+            together[-1].append(peer)
+            used += needed
+        else:
+            together.append([peer])
+            used = needed
+    return together, [in_turns] if in_turns else [], left_out
+
+
+class Observed(NamedTuple):
+    """What a side has after its first steps: sums of activations, of the columns that all sides compute right and of all; rows."""
+
+    sound_sums: list[float]
+    sums: list[float]
+    rows: list[np.ndarray]
+    first_step_s: float
+
+
+SOUND_COLUMNS = min(peer.sound_columns for peer in PEERS.values() if peer.sound_columns)
+
+
+def observed(side: SideProcess, ids: np.ndarray) -> Observed:
+    """Takes the first steps of a side, in which batches repeat, and looks at activations and at touched rows of several tables.
+
+    Args:
+        side: a side that has taken no step yet.
+        ids: int32[batches, num_tables, batch, valency].
+    """
+    start = side.time(CHECKED_BATCHES[0], untimed=0)[0]
+    for number in CHECKED_BATCHES[1:]:
+        side.time(number, untimed=0)
+    numbers = sorted(set(CHECKED_BATCHES))
+    rows = []
+    for table in np.unique(np.linspace(0, ids.shape[1] - 1, CHECKED_TABLES).astype(int)):
+        touched = np.unique(ids[numbers, table])
+        rows.append(side.rows(int(table), touched[:: max(len(touched) // CHECKED_ROWS, 1)]))
+    sound, whole = ([side.sum(number, columns) for number in numbers] for columns in (SOUND_COLUMNS, None))
+    return Observed(sound, whole, rows, start / 1e3)
+
+
+def compare(program: SideProgram, expected: Observed, found: Observed) -> bool:
+    """Whether a side computed what is expected, up to float32's rounding in another order.
+
+    Raises:
+        AssertionError: it did not, in columns that it should compute right.
+    """
+
+    def check(columns: int | None) -> None:
+        sums = ((one.sound_sums if columns else one.sums) for one in (found, expected))
+        np.testing.assert_allclose(*sums, rtol=1e-4, err_msg=f"sums of activations of {program.title}")
+        for ours, theirs in zip(expected.rows, found.rows, strict=True):
+            a, b = theirs[:, :columns], ours[:, :columns]
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=f"rows of {program.title}")
+
+    check(program.sound_columns)
+    if program.sound_columns:
+        try:
+            check(None)
+        except AssertionError:
+            return False
+    return True
+
+
+def alternate(sides: list[SideProcess], rounds: int) -> list[list[float]]:
+    """Milliseconds of a step of each side, which take turns; each begins its turn with a step that is not timed."""
+    times: list[list[float]] = [[] for _ in sides]
+    start = time.monotonic()
+    for number in range(rounds):
+        if number >= FEWEST_ROUNDS and time.monotonic() - start > ENOUGH_S:
+            break
+        for side, of_side in zip(sides, times, strict=True):
+            time.sleep(PAUSE_S)
+            of_side += side.time(number)
+    return times
+
+
+def together(peers: list[SideProgram], setting: Setting, ids: np.ndarray, rounds: int) -> dict[str, Trial]:
+    """embax and peers in processes that run at the same time."""
+    with running(*((program, setting) for program in (EMBAX, *peers))) as sides:
+        results = [observed(side, ids) for side in sides]
+        equal = [compare(peer, results[0], result) for peer, result in zip(peers, results[1:], strict=True)]
+        ours, *theirs = alternate(sides, rounds)
+        peaks = [side.memory()["peak"] for side in sides]
+    return {
+        peer.module: Trial(ours, times, result.first_step_s, peak, same)
+        for peer, times, result, peak, same in zip(peers, theirs, results[1:], peaks[1:], equal, strict=True)
+    }
+
+
+def in_turns(peers: list[SideProgram], setting: Setting, ids: np.ndarray, rounds: int) -> dict[str, Trial]:
+    """embax and peers in processes that take turns: each is started, warmed, timed and stopped, in each of some rounds."""
+    programs = [EMBAX, *peers]
+    times: list[list[float]] = [[] for _ in programs]
+    firsts, peaks, equal = [0.0] * len(programs), [0.0] * len(programs), [True] * len(programs)
+    for _ in range(min(FEWEST_PROCESSES, rounds)):
+        expected = None
+        for place, program in enumerate(programs):
+            with running((program, setting)) as (side,):
+                result = observed(side, ids)
+                expected = expected or result
+                equal[place] = compare(program, expected, result)
+                steps = side.time(0, count=min(STEPS_OF_A_PROCESS, rounds), untimed=WARM_STEPS)
+                times[place].append(statistics.median(steps))
+                firsts[place], peaks[place] = result.first_step_s, side.memory()["peak"]
+    return {
+        peer.module: Trial(times[0], times[place], firsts[place], peaks[place], equal[place])
+        for place, peer in enumerate(peers, start=1)
+    }
+
+
+def compare_with_peers(
+    workload: Workload, optimizer: str, peers: list[SideProgram], folder: pathlib.Path, rounds: int
+) -> dict[str, Trial]:
+    """A trial of each peer that has the optimizer and whose memory is there, by module."""
+    peers = [peer for peer in peers if optimizer in peer.optimizers]
+    ids = workload.write(folder)
+    setting = workload.setting(optimizer, str(folder))
+    at_once, turns, left_out = groups_of(peers, workload, optimizer, available_bytes())
+    for peer in left_out:
+        needed = needed_bytes(peer, workload, optimizer) / 1e9
+        print(f"{workload.name}, {optimizer}: {peer.title} would need {needed:.1f} GB and is left out", flush=True)
+    trials: dict[str, Trial] = {}
+    for group in at_once:
+        trials |= together(group, setting, ids, rounds)
+    for group in turns:
+        trials |= in_turns(group, setting, ids, rounds)
+    return trials
