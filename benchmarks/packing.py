@@ -25,12 +25,15 @@ from jax_tpu_embedding.sparsecore.lib.nn import embedding  # pyright: ignore[rep
 import embax
 from benchmarks.peer import check_equal_packing, peer_pack, peer_specs
 from benchmarks.results import write_section
-from benchmarks.run import alternate, machine, milliseconds
+from benchmarks.sides.worker import resident
+from benchmarks.timing import alternate, machine, milliseconds
 from benchmarks.workloads import WORKLOADS, Workload
 
 SPARSECORES = 4
 SECTIONS = ("time", "memory", "validation")
 OVERSIZE = 16
+PACKED = ["criteo", "wide", "multihot", "small", "hot"]
+"""What packs differently: the vocabulary of `huge` alone makes no difference to packing."""
 MEMORY_BATCH = 16
 """Memory is measured at so many times the batch, so that pages and what threads need once do not blur it."""
 
@@ -137,12 +140,6 @@ def report_time(names: list[str], rounds: int) -> list[str]:
     return lines
 
 
-def resident(field: str) -> int:
-    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at most since the peak was last forgotten."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field + ":"))
-
-
 def large(name: str) -> Workload:
     """The workload that memory is measured with: so large that single pages do not count."""
     return dataclasses.replace(WORKLOADS[name], batch=MEMORY_BATCH * WORKLOADS[name].batch)
@@ -237,7 +234,7 @@ def report_validation(names: list[str], rounds: int) -> list[str]:
 def main() -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=PACKED)
     parser.add_argument("--rounds", type=int, default=40, help="timed calls of each side (default 40)")
     parser.add_argument("--validation-rounds", type=int, default=500, help="rounds for validation (default 500)")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))

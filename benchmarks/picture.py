@@ -1,0 +1,45 @@
+"""The ratios of peers as a picture."""
+
+import pathlib
+
+import matplotlib
+
+from benchmarks.trials import Ratio
+
+PICTURE = pathlib.Path(__file__).with_name("peers.png")
+COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52")
+
+
+def draw(ratios: dict[str, dict[str, dict[str, Ratio]]], path: pathlib.Path = PICTURE) -> None:
+    """Draws how many times as long as embax each peer takes, with ranges, a panel an optimizer.
+
+    Args:
+        ratios: by optimizer, workload and title of the peer.
+        path: the file that is written.
+    """
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    titles = sorted({title for of in ratios.values() for peers in of.values() for title in peers})
+    figure, panels = plt.subplots(
+        len(ratios), 1, figsize=(9, 2.6 * len(ratios)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes, (optimizer, of_workloads) in zip(panels[:, 0], ratios.items(), strict=True):
+        for place, title in enumerate(titles):
+            found = [(n, peers[title]) for n, peers in enumerate(of_workloads.values()) if title in peers]
+            if not found:
+                continue
+            middles = [ratio.median for _, ratio in found]
+            reach = [[r.median - r.low for _, r in found], [r.high - r.median for _, r in found]]
+            width = 0.8 / len(titles)
+            left = [n + (place - (len(titles) - 1) / 2) * width for n, _ in found]
+            axes.bar(left, middles, width, label=title, color=COLORS[place % len(COLORS)], yerr=reach, ecolor="#777777")
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_yscale("log")
+        axes.set_ylabel(f"{optimizer}:\ntime / embax's")
+        axes.set_xticks(range(len(of_workloads)), list(of_workloads))
+    panels[0, 0].legend(ncols=len(titles), fontsize="small")
+    figure.suptitle("One training step: how many times as long as embax")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"wrote {path}")
