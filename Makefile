@@ -5,6 +5,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 WORKERS ?= 2
 CONSTRAINTS ?=
+BENCH_ARGS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_SEED ?= 1
 
@@ -23,12 +24,19 @@ GPU_VERSIONS := .ci/gpu.txt
 # The compiler for TPUs likewise, and JAX of the same release.
 TPU := build/venv-tpu
 TPU_VERSIONS := .ci/tpu.txt
+# The peers of the benchmarks, in environments of their own: they need different releases of PyTorch, and none is a dependency.
+TORCH := build/venv-torch
+TORCH_VERSIONS := torch==2.13.0 numpy
+# Its dependencies are for GPUs and for distributed training.
+FBGEMM_VERSION := fbgemm-gpu-cpu==1.8.0
+IPEX := build/venv-ipex
+IPEX_VERSIONS := torch==2.8.0 intel-extension-for-pytorch==2.8.0 numpy psutil packaging
 # Directories too: their time changes when a file is added or removed.
 SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
   $(shell find src csrc -name __pycache__ -prune -o -path csrc/tests -prune -o -print)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test test-versions test-native test-reference reference test-gpu test-tpu fuzz bench bench-packing bench-scale bench-prefetch prove-in-place lint format clean
+.PHONY: help demo examples test test-versions test-native test-reference reference test-gpu test-tpu fuzz bench bench-peers bench-packing bench-scale bench-prefetch prove-in-place lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
@@ -66,8 +74,11 @@ fuzz: $(TOOLS)/.tools ## Fuzz packing under the sanitizers (FUZZ_SECONDS=60 FUZZ
 	$(call native_build,fuzz,address$(,)undefined,embax_fuzzers,-DEMBAX_FUZZER=ON)
 	cd build/fuzz && csrc/tests/pack_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
-bench: $(VENV)/.embax $(VENV)/.test ## Run the benchmarks
-	$(BIN)/python -m benchmarks.run
+bench: $(VENV)/.embax $(VENV)/.test ## Measure steps, kernels and memory (BENCH_ARGS="--sections ceiling --write")
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+bench-peers: $(VENV)/.embax $(VENV)/.test $(TORCH)/.torch $(IPEX)/.ipex ## Time steps beside torch, FBGEMM, IPEX and plain JAX
+	$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
 
 bench-packing: reference ## Time packing beside the released reference
 	$(REFERENCE)/bin/python -m benchmarks.packing
@@ -118,6 +129,17 @@ $(VENV)/.gpu: $(GPU_VERSIONS) | $(VENV)/.embax $(VENV)/.test
 
 $(VENV)/.tpu: $(TPU_VERSIONS) | $(VENV)/.embax $(VENV)/.test
 	$(BIN)/python $(PIP) install --quiet --requirement $(TPU_VERSIONS)
+	@touch $@
+
+$(TORCH)/.torch: Makefile
+	$(MAKE) $(TORCH)/.created VENV=$(TORCH) PYTHON="$$(.ci/find-python oldest)"
+	$(TORCH)/bin/python $(PIP) install --quiet $(TORCH_VERSIONS)
+	$(TORCH)/bin/python $(PIP) install --quiet --no-deps $(FBGEMM_VERSION)
+	@touch $@
+
+$(IPEX)/.ipex: Makefile
+	$(MAKE) $(IPEX)/.created VENV=$(IPEX) PYTHON="$$(.ci/find-python oldest)"
+	$(IPEX)/bin/python $(PIP) install --quiet $(IPEX_VERSIONS)
 	@touch $@
 
 $(VENV)/.created:

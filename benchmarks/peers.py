@@ -104,9 +104,8 @@ def costs_of(trials: Trials, peers: list[SideProgram]) -> list[str]:
             trial = of.get(peer.module)
             cells.append("—" if trial is None else f"{trial.peak_bytes / 1e6:.0f}; {trial.first_step_s:.2f}")
         rows.append(cells)
-    return [f"Peak memory beyond what a process had before its tables, and its first step, {TITLES[optimizer]}:", ""] + table(
-        heads, rows
-    )
+    title = f"Peak memory beyond what a process had before its tables, and its first step, {TITLES[optimizer]}:"
+    return [title, "", *table(heads, rows)]
 
 
 def targets_of(trials: Trials) -> list[Target]:

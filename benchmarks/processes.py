@@ -67,7 +67,7 @@ class SideProcess:
 
     def __init__(self, program: SideProgram, setting: Setting):
         self.program = program
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [program.python, "-m", "benchmarks.sides.worker", program.module, setting.to_json()],
             cwd=ROOT,
@@ -103,21 +103,20 @@ class SideProcess:
 
     def stop(self) -> None:
         """Ends the process, and waits for that."""
-        with contextlib.suppress(OSError):
-            self._process.stdin and self._process.stdin.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout and self._process.stdout.close()
         self._log.close()
 
     def _ask(self, do: str, **arguments: Any) -> Any:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # It has ended, and left the reason in its log.
             print(json.dumps({"do": do} | arguments), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # It has ended, and left the reason in its log.
         return self._answer()
 
     def _answer(self) -> Any:

@@ -14,15 +14,15 @@ from benchmarks.workloads import Workload
 CHECKED_BATCHES = (0, 1, 0)
 CHECKED_TABLES = 4
 CHECKED_ROWS = 5_000
-PAUSE_S = 0.005
-"""Between turns: threads of the side before may still wait for work in a loop."""
+PAUSE_S = 0.04
+"""Between turns: threads of the side before may still wait for work in a loop, or give memory back."""
 WARM_STEPS = 2
 STEPS_OF_A_PROCESS = 8
 ENOUGH_S = 20.0
 """A comparison ends after so long, with `FEWEST_ROUNDS` at least."""
 FEWEST_ROUNDS = 5
 FEWEST_PROCESSES = 2
-MARGIN = 0.08
+MARGIN = 0.1
 """Share of the memory that stays free, beside what frameworks need."""
 FRAMEWORK_BYTES = 600e6
 
@@ -45,7 +45,7 @@ class Ratio(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """embax beside one peer: milliseconds of each round, and what else was found."""
+    """A peer beside embax: milliseconds of each round, and what else was found."""
 
     embax: list[float]
     peer: list[float]
@@ -72,6 +72,11 @@ def needed_bytes(program: SideProgram, workload: Workload, optimizer: str) -> fl
     return workload.state_bytes(optimizer) + extra + FRAMEWORK_BYTES
 
 
+def fits(program: SideProgram, workload: Workload, optimizer: str, available: float) -> bool:
+    """Whether the memory that is available holds a side alone."""
+    return needed_bytes(program, workload, optimizer) <= (1 - MARGIN) * available
+
+
 def groups_of(
     peers: list[SideProgram], workload: Workload, optimizer: str, available: float
 ) -> tuple[list[list[SideProgram]], list[list[SideProgram]], list[SideProgram]]:
@@ -83,7 +88,7 @@ def groups_of(
     used = 0.0
     for peer in sorted(peers, key=lambda peer: needed_bytes(peer, workload, optimizer)):
         needed = needed_bytes(peer, workload, optimizer)
-        if needed > budget:
+        if not fits(peer, workload, optimizer, available):
             left_out.append(peer)
         elif needed > room:
             in_turns.append(peer)
@@ -97,7 +102,7 @@ def groups_of(
 
 
 class Observed(NamedTuple):
-    """What a side has after its first steps: sums of activations, of the columns that all sides compute right and of all; rows."""
+    """What a side has after its first steps: sums of activations, of the columns that all sides compute right and of all."""
 
     sound_sums: list[float]
     sums: list[float]
@@ -159,12 +164,12 @@ def alternate(sides: list[SideProcess], rounds: int) -> list[list[float]]:
             break
         for side, of_side in zip(sides, times, strict=True):
             time.sleep(PAUSE_S)
-            of_side += side.time(number)
+            of_side += side.time(2 * number + 1)
     return times
 
 
 def together(peers: list[SideProgram], setting: Setting, ids: np.ndarray, rounds: int) -> dict[str, Trial]:
-    """embax and peers in processes that run at the same time."""
+    """Processes of embax and of peers that run at the same time."""
     with running(*((program, setting) for program in (EMBAX, *peers))) as sides:
         results = [observed(side, ids) for side in sides]
         equal = [compare(peer, results[0], result) for peer, result in zip(peers, results[1:], strict=True)]
@@ -177,7 +182,7 @@ def together(peers: list[SideProgram], setting: Setting, ids: np.ndarray, rounds
 
 
 def in_turns(peers: list[SideProgram], setting: Setting, ids: np.ndarray, rounds: int) -> dict[str, Trial]:
-    """embax and peers in processes that take turns: each is started, warmed, timed and stopped, in each of some rounds."""
+    """Processes of embax and of peers that take turns: each is started, warmed, timed and stopped, in each of some rounds."""
     programs = [EMBAX, *peers]
     times: list[list[float]] = [[] for _ in programs]
     firsts, peaks, equal = [0.0] * len(programs), [0.0] * len(programs), [True] * len(programs)

@@ -108,9 +108,7 @@ class Side:
             jax.block_until_ready(self._lookup(self.variables, packed_batch(number)))
 
         def update(number: int) -> None:
-            self.variables = jax.block_until_ready(
-                self._update(self.variables, packed_batch(number), self.targets)
-            )
+            self.variables = jax.block_until_ready(self._update(self.variables, packed_batch(number), self.targets))
 
         return {"step": self.step, "packing": self.pack, "pack_all": pack_all, "lookup": lookup, "update": update}
 

@@ -43,10 +43,13 @@ class Worker:
         self.parts = side.parts()
 
     def time(self, part: str, first: int, count: int, untimed: int = 1) -> list[float]:
-        """Milliseconds of `count` calls, with batches from number `first` on, after `untimed` ones with the first batch."""
+        """Milliseconds of `count` calls with batches from number `first` on, after `untimed` ones with those before it.
+
+        So what is timed does not find its rows in caches because the call before had the same batch.
+        """
         call = self.parts[part]
-        for _ in range(untimed):
-            call(first)
+        for number in range(first - untimed, first):
+            call(number)
         times = []
         for number in range(first, first + count):
             start = time.perf_counter()

@@ -1,0 +1,143 @@
+"""embax's lookup and update alone beside what this machine's memory gives a small native program, in turns."""
+
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from typing import Self
+
+import numpy as np
+
+from benchmarks.processes import EMBAX, ROOT, SideProcess, running
+from benchmarks.results import table
+from benchmarks.targets import Target
+from benchmarks.trials import PAUSE_S, Ratio
+from benchmarks.workloads import Workload
+
+SOURCE = pathlib.Path(__file__).with_suffix(".cc")
+PROGRAM = ROOT / "build" / "benchmarks" / "ceiling"
+ARRAY_BYTES = 1 << 30
+DISTANCES = (4, 8, 16, 32, 64)
+DIMS = (16, 32, 64, 128)
+BATCHES = 8
+CASES = (("lookup", "sgd", "read"), ("update", "sgd", "write"), ("update", "adagrad", "write_two"))
+"""The part of a step, the optimizer, and what of the ceiling's it corresponds to."""
+WANTED = {"lookup": 0.7, "update": 0.6}
+
+
+def workload_of(dim: int) -> Workload:
+    """A table of `ARRAY_BYTES` and a batch that is long enough for calls not to count."""
+    return Workload(f"ceiling{dim}", 1, ARRAY_BYTES // (4 * dim), dim, 32_768, 4, None)
+
+
+def build() -> None:
+    """Compiles the program, unless it is newer than its source."""
+    if PROGRAM.exists() and PROGRAM.stat().st_mtime > SOURCE.stat().st_mtime:
+        return
+    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
+    PROGRAM.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++17", "-O3", "-march=native", "-pthread"]
+    subprocess.run([compiler, *flags, "-o", str(PROGRAM), str(SOURCE)], check=True)
+
+
+class Ceiling:
+    """The running program."""
+
+    def __enter__(self) -> Self:
+        build()
+        command = [str(PROGRAM), str(ARRAY_BYTES), str(os.cpu_count() or 1)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def milliseconds(self, kind: str, row_bytes: int = 64, distance: int = 16, count: int = 1) -> float:
+        """Of one pass, after one that is not timed."""
+        for _ in range(2):
+            print(kind, row_bytes, distance, count, file=self._process.stdin, flush=True)
+            assert self._process.stdout is not None
+            seconds = float(self._process.stdout.readline())
+        return 1e3 * seconds
+
+    def best_distance(self, kind: str, row_bytes: int, count: int) -> int:
+        """How far ahead rows are best prefetched: by the median of some passes each."""
+        passes = {d: [self.milliseconds(kind, row_bytes, d, count) for _ in range(5)] for d in DISTANCES}
+        return min(DISTANCES, key=lambda distance: statistics.median(passes[distance]))
+
+
+def in_turns(side: SideProcess, part: str, ceiling: Ceiling, kind: str, row_bytes: int, count: int, rounds: int):
+    """Milliseconds of embax and of the ceiling in each round."""
+    distance = ceiling.best_distance(kind, row_bytes, count)
+    side.time(0, part="pack_all", untimed=0)
+    side.time(0, part=part, count=3, untimed=0)
+    ours, theirs = [], []
+    for number in range(rounds):
+        ours += side.time(2 * number + 1, part=part)
+        time.sleep(PAUSE_S)
+        theirs.append(ceiling.milliseconds(kind, row_bytes, distance, count))
+    return ours, theirs
+
+
+def report_ceiling(rounds: int) -> tuple[list[str], list[Target]]:
+    """A table of lookup and update as shares of the ceiling."""
+    rows = []
+    shares: dict[str, list[float]] = {part: [] for part in WANTED}
+    with Ceiling() as ceiling:
+        sequential = ARRAY_BYTES / 1e6 / statistics.median(ceiling.milliseconds("sequential") for _ in range(5))
+        for dim in DIMS:
+            for optimizer in dict.fromkeys(optimizer for _, optimizer, _ in CASES):
+                workload = workload_of(dim)
+                with tempfile.TemporaryDirectory() as folder:
+                    ids = workload.write(pathlib.Path(folder), BATCHES)
+                    distinct = round(statistics.mean(len(np.unique(batch)) for batch in ids))
+                    with running((EMBAX, workload.setting(optimizer, folder))) as (side,):
+                        for part, of, kind in CASES:
+                            if of != optimizer:
+                                continue
+                            ours, theirs = in_turns(side, part, ceiling, kind, 4 * dim, distinct, rounds)
+                            share = Ratio.of(theirs, ours)
+                            shares[part].append(share.median)
+                            arrays = 2 if kind == "write_two" else 1
+                            cells = [part, optimizer, str(4 * dim), f"{distinct:,}"]
+                            for times in (ours, theirs):
+                                median = statistics.median(times)
+                                cells.append(f"{distinct / median / 1e3:.1f}")
+                            read = arrays * 4 * dim * distinct / statistics.median(theirs) / 1e6
+                            low, middle, high = (f"{100 * x:.0f}" for x in (share.low, share.median, share.high))
+                            rows.append([*cells, f"{read:.1f}", f"{middle} ({low} to {high})"])
+                            print("ceiling:", *rows[-1], flush=True)
+    w = workload_of(DIMS[0])
+    text = [
+        "Lookup and update alone, jitted, of batches packed before, beside a native program that reads (lookup), or reads and",
+        "writes (SGD), or does so in two arrays at once (Adagrad), as many distinct random rows: on as many threads, from huge",
+        f"pages, with the best of several prefetch distances, in {ARRAY_BYTES / 2**30:g} GiB arrays. Tables are as large, ids",
+        f"uniform, {w.batch:,} samples of {w.valency} ids, {BATCHES} batches in rotation. What is counted are distinct rows of a",
+        "batch, once each: not the activations that a lookup writes, nor the gradients that an update reads, nor ids. Medians of",
+        f"{rounds} rounds in turns, each beginning with a call that is not timed; GB/s are bytes read from arrays, as many more",
+        f"are written by an update. Read in order, an array gives {sequential:.1f} GB/s.",
+        "",
+    ]
+    heads = [
+        "part",
+        "optimizer",
+        "row, bytes",
+        "distinct rows",
+        "embax, M rows/s",
+        "ceiling, M rows/s",
+        "ceiling, GB/s",
+    ]
+    found = [
+        Target.at_least(
+            f"{part} alone: at least {bound:.0%} of the ceiling at each row size",
+            "{:.0%}, the least",
+            (min(shares[part]), bound),
+        )
+        for part, bound in WANTED.items()
+    ]
+    return [*text, *table([*heads, "share of the ceiling, %"], rows)], found
