@@ -11,7 +11,7 @@ import tempfile
 
 from benchmarks import targets
 from benchmarks.picture import PICTURE, draw
-from benchmarks.processes import PEERS, SideProgram
+from benchmarks.processes import PEERS, SideProgram, known_fault
 from benchmarks.results import table, write_section
 from benchmarks.sides.setting import LEARNING_RATES
 from benchmarks.targets import Target
@@ -129,6 +129,20 @@ def targets_of(trials: Trials) -> list[Target]:
     return found
 
 
+def unequal(trials: Trials, peers: list[SideProgram]) -> list[str]:
+    """A line about each peer that computed something else, and where."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for optimizer, of_workloads in trials.items():
+        for workload, of in of_workloads.items():
+            for peer in (peer for peer in peers if peer.module in of and not of[peer.module].equal):
+                fault = known_fault(peer, WORKLOADS[workload].setting(optimizer))
+                assert fault is not None
+                compared = f"only the first {fault.columns} columns were" if fault.columns else "nothing was"
+                text = f"{fault.text}; {compared} compared"
+                where.setdefault((peer.title, text), []).append(f"{workload} ({TITLES[optimizer]})")
+    return [f"- {title} {text}: {', '.join(places)}." for (title, text), places in where.items()]
+
+
 def report(trials: Trials, peers: list[SideProgram], rounds: int) -> str:
     """The measurements as Markdown."""
     lines = [
@@ -138,7 +152,7 @@ def report(trials: Trials, peers: list[SideProgram], rounds: int) -> str:
         f"sides take turns, each beginning with a step that is not timed, for up to {rounds} rounds; where two sides' tables do",
         "not fit into memory at once, their processes take turns. Times are medians; a ratio is the median of the rounds'",
         "ratios, with its range, and above 1 where embax is faster. All sides are first checked to have the same rows and",
-        "activations after a few steps. Not shown: anything but one machine's CPU, and the dense part of a model.",
+        "activations after a few steps, but for what stands below the tables. Not shown: anything but one machine's CPU, and the dense part of a model.",
         "",
         f"Machine: {machine()}; {versions(peers)}.",
     ]
@@ -147,14 +161,7 @@ def report(trials: Trials, peers: list[SideProgram], rounds: int) -> str:
         lines += ["", f"{TITLES[optimizer]}:", "", *table_of(of_workloads, able)]
     lines += ["", f"![Ratios]({PICTURE.name})", "", *costs_of(trials, peers), ""]
     lines += [f"- `{name}`: {WORKLOADS[name].describe()}." for name in next(iter(trials.values()))]
-    for peer in peers:
-        found = [of[peer.module] for workloads in trials.values() for of in workloads.values() if peer.module in of]
-        unequal = sum(not trial.equal for trial in found)
-        if unequal:
-            lines.append(
-                f"- {peer.title} computes only the first {peer.sound_columns} or more columns of a row right in {unequal} of "
-                f"{len(found)} trials, and these are what was compared: it uses the gradient of the first columns for all."
-            )
+    lines += unequal(trials, peers)
     return "\n".join(lines)
 
 

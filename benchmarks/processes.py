@@ -24,14 +24,12 @@ class SideProgram(NamedTuple):
         module: a module of `benchmarks.sides`.
         environment: the environment that it needs, None for that of this program.
         optimizers: those that it has.
-        sound_columns: how many columns of a row it is known to compute right at least, None for all.
     """
 
     title: str
     module: str
     environment: str | None
     optimizers: tuple[str, ...]
-    sound_columns: int | None = None
 
     @property
     def python(self) -> str:
@@ -49,9 +47,33 @@ PEERS = {
     "jax": SideProgram("plain JAX + optax", "plain_jax", None, ("sgd", "adagrad")),
     "torch": SideProgram("torch", "torch_bags", "build/venv-torch", ("sgd", "adagrad")),
     "fbgemm": SideProgram("FBGEMM", "fbgemm", "build/venv-torch", ("sgd", "adagrad", "rowwise")),
-    # The update of release 2.8.0 takes the gradient of the first vector of columns for all columns: 8 with AVX2, 16 with AVX-512.
-    "ipex": SideProgram("IPEX", "ipex", "build/venv-ipex", ("sgd", "adagrad"), sound_columns=8),
+    "ipex": SideProgram("IPEX", "ipex", "build/venv-ipex", ("sgd", "adagrad")),
 }
+
+
+class Fault(NamedTuple):
+    """What a side is known to compute wrong.
+
+    Args:
+        text: what.
+        columns: how many columns of a row it computes right at least.
+    """
+
+    text: str
+    columns: int
+
+
+SOUND_COLUMNS = 8
+"""As many floats as the shortest vector has."""
+
+
+def known_fault(program: SideProgram, setting: Setting) -> Fault | None:
+    """What the releases that the makefile names compute wrong.."""
+    if program.module == "ipex" and setting.dim > SOUND_COLUMNS:
+        return Fault("updates all columns with the gradient of the first vector of columns", SOUND_COLUMNS)
+    if program.module == "fbgemm" and setting.optimizer == "rowwise" and 4 * setting.vocabulary * setting.dim > 1 << 32:
+        return Fault("updates other rows instead of those beyond the first 4 GiB of a table", 0)
+    return None
 
 
 class SideProcess:
@@ -67,6 +89,7 @@ class SideProcess:
 
     def __init__(self, program: SideProgram, setting: Setting):
         self.program = program
+        self.fault = known_fault(program, setting)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [program.python, "-m", "benchmarks.sides.worker", program.module, setting.to_json()],
