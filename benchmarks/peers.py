@@ -152,7 +152,8 @@ def report(trials: Trials, peers: list[SideProgram], rounds: int) -> str:
         f"sides take turns, each beginning with a step that is not timed, for up to {rounds} rounds; where two sides' tables do",
         "not fit into memory at once, their processes take turns. Times are medians; a ratio is the median of the rounds'",
         "ratios, with its range, and above 1 where embax is faster. All sides are first checked to have the same rows and",
-        "activations after a few steps, but for what stands below the tables. Not shown: anything but one machine's CPU, and the dense part of a model.",
+        "activations after a few steps, but for what stands below the tables. Not shown: anything but one machine's CPU, and the",
+        "dense part of a model.",
         "",
         f"Machine: {machine()}; {versions(peers)}.",
     ]
@@ -189,7 +190,7 @@ def main() -> None:
     text = report(trials, peers, options.rounds)
     print("\n" + text)
     if options.write:
-        write_section("Training steps beside peers", text)
+        write_section("Training steps", text)
         ratios: dict[str, dict[str, dict[str, Ratio]]] = {
             TITLES[optimizer]: {
                 workload: {peer.title: of[peer.module].ratio for peer in peers if peer.module in of}
