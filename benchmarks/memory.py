@@ -13,6 +13,8 @@ from benchmarks.workloads import WORKLOADS, Workload
 MAX_SHARE = 0.1
 STEPS = 8
 FEW_ROWS = 1_000
+LEAST_BYTES = 256e6
+"""Of tables that are judged: what two processes differ by anyway is some MB."""
 
 
 def peaks_of(workload: Workload, optimizer: str) -> tuple[list[float], float]:
@@ -41,9 +43,11 @@ def report_memory(names: list[str], optimizers: list[str]) -> tuple[list[str], l
             fixed = max(peaks_of(few, optimizer)[0]) - few.state_bytes(optimizer)
             state = workload.state_bytes(optimizer)
             beyond = max(peaks) - state
-            shares.append((beyond - fixed) / state)
+            share = (beyond - fixed) / state
+            if state >= LEAST_BYTES:
+                shares.append(share)
             cells = [name, optimizer, *(f"{size / 1e6:.0f}" for size in (state, *peaks, beyond, fixed))]
-            rows.append([*cells, f"{100 * shares[-1]:.1f}", f"{seconds:.1f}"])
+            rows.append([*cells, f"{100 * share:.1f}", f"{seconds:.1f}"])
             print("memory:", *rows[-1], flush=True)
     heads = ["workload", "optimizer", "tables and slots, MB", "while made, MB", "first step, MB", "steps, MB"]
     heads += ["beyond, MB", f"beyond with {FEW_ROWS:,} rows, MB", "difference, %", "made in, s"]
@@ -52,7 +56,7 @@ def report_memory(names: list[str], optimizers: list[str]) -> tuple[list[str], l
         "drawn at random, in the first step, which compiles, and in those after it. `beyond` is what the greatest of these peaks",
         "has beyond tables and slots: the batch's buffers, compiled programs and their making, and what grows with the tables.",
         f"The latter is what is beyond more than in the same process with {FEW_ROWS:,} rows a table: `difference`, as a share of",
-        "tables and slots.",
+        f"tables and slots, and judged where these are at least {LEAST_BYTES / 1e6:.0f} MB.",
         "",
     ]
     wanted = (
