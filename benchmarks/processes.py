@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.sides.model_setting import ModelSetting
 from benchmarks.sides.setting import Setting
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -87,7 +88,7 @@ class SideProcess:
         RuntimeError: in any method, if the process has ended; with the last lines that it printed.
     """
 
-    def __init__(self, program: SideProgram, setting: Setting):
+    def __init__(self, program: SideProgram, setting: Setting | ModelSetting):
         self.program = program
         self.fault = known_fault(program, setting)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -119,6 +120,10 @@ class SideProcess:
             np.save(files["ids"], ids)
             self._ask("rows", table=table, **files)
             return np.load(files["out"])
+
+    def losses(self, numbers: list[int]) -> list[float]:
+        """The losses of a model's steps with these batches."""
+        return self._ask("losses", numbers=numbers)
 
     def memory(self) -> dict[str, float]:
         """`Worker.memory`."""
@@ -154,7 +159,7 @@ class SideProcess:
 
 
 @contextlib.contextmanager
-def running(*sides: tuple[SideProgram, Setting]) -> Iterator[list[SideProcess]]:
+def running(*sides: tuple[SideProgram, Setting | ModelSetting]) -> Iterator[list[SideProcess]]:
     """Processes of sides, which start at the same time and whose tables are made; they are stopped in the end."""
     with contextlib.ExitStack() as stack:
         processes = []

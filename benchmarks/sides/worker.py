@@ -83,7 +83,7 @@ def serve(commands: Any, answer: Callable[[Any], None], make: Callable[[], Worke
 
 def main() -> None:
     """Serves the side that the command line names."""
-    module, setting = sys.argv[1], Setting.from_json(sys.argv[2])
+    name, text = sys.argv[1:]
     # Frameworks print what they like; answers have a stream of their own.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -92,8 +92,11 @@ def main() -> None:
         print(json.dumps(value), file=answers, flush=True)
 
     def make() -> Worker:
-        kind = importlib.import_module(f"benchmarks.sides.{module}").Side
-        return Worker(kind(setting, *setting.read()), setting.dim)
+        module = importlib.import_module(f"benchmarks.sides.{name}")
+        if hasattr(module, "worker"):  # Of a side that is told something else than a `Setting`.
+            return module.worker(text)
+        setting = Setting.from_json(text)
+        return Worker(module.Side(setting, *setting.read()), setting.dim)
 
     serve(sys.stdin, answer, make)
 
