@@ -36,7 +36,7 @@ SOURCES := pyproject.toml CMakeLists.txt LICENSE $(wildcard README.md) \
   $(shell find src csrc -name __pycache__ -prune -o -path csrc/tests -prune -o -print)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test test-versions test-native test-reference reference test-gpu test-tpu fuzz bench bench-peers bench-packing bench-scale bench-prefetch prove-in-place lint format clean
+.PHONY: help demo examples test test-versions test-native test-reference reference test-gpu test-tpu fuzz bench bench-peers bench-models bench-packing bench-scale bench-prefetch prove-in-place lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
@@ -82,6 +82,9 @@ bench-peers: $(VENV)/.embax $(VENV)/.test $(TORCH)/.torch $(IPEX)/.ipex ## Time 
 
 bench-packing: reference ## Time packing beside the released reference
 	$(REFERENCE)/bin/python -m benchmarks.packing
+
+bench-models: $(VENV)/.embax $(VENV)/.demo $(VENV)/.test ## Time whole models beside torch with FBGEMM (needs build/venv-torch)
+	$(BIN)/python -m benchmarks.models $(BENCH_ARGS)
 
 bench-scale: $(VENV)/.embax $(VENV)/.test ## Compute what steps on up to 1,024 devices exchange and hold
 	$(BIN)/python -m benchmarks.scale

@@ -1,5 +1,6 @@
 """What the sides of a comparison of whole models are told, and what they are asked. It needs NumPy alone."""
 
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -52,7 +53,7 @@ class ModelSetting:
         inputs: dense inputs.
         bottom: widths of the bottom MLP, of which the last is the dim of the deep features.
         top: widths of the top MLP, of which the last is 1.
-        all_beside: whether all vectors and the dense inputs go into the top MLP beside the products, or the bottom's output alone.
+        all_beside: whether all vectors and the dense inputs stand beside the products, or the bottom's output alone.
         adamw: whether AdamW trains the dense parameters, or SGD.
         dense_rate: its learning rate.
         weight_decay: of AdamW.
@@ -137,6 +138,19 @@ def first_rows(table: Table) -> np.ndarray:
     return ((7 * rows + 13 * columns) % 31 - 15).astype(np.float32) * np.float32(0.002)
 
 
+def keep_memory() -> None:
+    """Lets the C library keep what is given back to it, instead of asking the system for the same memory in each step.
+
+    glibc maps every block of more than 32 MB anew, and pages are zeroed as they are touched: that of XLA's temporary memory took
+    as long as the products of a step. Environment variables do the same: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647.
+    """
+    trim_threshold, mmap_max, largest = -1, -4, 2**31 - 1  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(trim_threshold, largest)
+        mallopt(mmap_max, 0)
+
+
 class ModelSide(Protocol):
     """A model and its training step."""
 
@@ -156,6 +170,7 @@ class ModelWorker(Worker):
     """A model, and what may be asked of it: `time` and `memory`, as of tables alone, and the losses of steps."""
 
     def __init__(self, side: ModelSide):
+        keep_memory()
         self.model = side
         super().__init__(side, 1)  # pyright: ignore[reportArgumentType]
 
