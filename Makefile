@@ -83,7 +83,7 @@ bench-peers: $(VENV)/.embax $(VENV)/.test $(TORCH)/.torch $(IPEX)/.ipex ## Time 
 bench-packing: reference ## Time packing beside the released reference
 	$(REFERENCE)/bin/python -m benchmarks.packing
 
-bench-models: $(VENV)/.embax $(VENV)/.demo $(VENV)/.test ## Time whole models beside torch with FBGEMM (needs build/venv-torch)
+bench-models: $(VENV)/.embax $(VENV)/.test $(TORCH)/.torch ## Time whole models beside torch with FBGEMM
 	$(BIN)/python -m benchmarks.models $(BENCH_ARGS)
 
 bench-scale: $(VENV)/.embax $(VENV)/.test ## Compute what steps on up to 1,024 devices exchange and hold

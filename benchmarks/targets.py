@@ -49,5 +49,5 @@ def report(targets: list[Target], write: bool) -> None:
     """Prints targets, and writes them into the section if asked for; what it says of others stays."""
     print("\n" + table(targets), flush=True)
     if write:
-        text = "Each line is of the last run of `make bench` or `make bench-peers` that measured it."
+        text = "Each line is of the last run of a benchmark that measured it on all of its workloads."
         write_section(SECTION, text + "\n\n" + table(targets, read_section(SECTION)))
