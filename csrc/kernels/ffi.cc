@@ -1,5 +1,5 @@
-// Lookup and update of all stacks of a step, one call each. The work on one SparseCore of one stack is one task; tasks
-// write disjoint memory and sum in a fixed order, so the result does not depend on the number of threads.
+// Lookup and update of all stacks of a step, one call each. The work on one SparseCore of one stack, or on a part of its rows, is
+// one task; tasks write disjoint memory and sum in a fixed order, so the result does not depend on the number of threads.
 #include "kernels/ffi.h"
 
 #include <algorithm>
@@ -182,6 +182,12 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
   const int64_t n = batch.num_stacks();
   StackUpdates updates(hyperparameters, operands, results, 0, n, rules, num_hyperparameters, options);
   if (!updates.problem().empty()) return Invalid("update: " + updates.problem());
+  // One part of a partition is one task: with so many entries what a thread works in stays in its caches.
+  constexpr int64_t kEntriesPerPart = 4096;
+  struct Part {
+    int64_t stack, partition, number;
+  };
+  std::vector<Part> parts;
   int64_t bytes = 0;
   for (int64_t k = 0; k < n; ++k) {
     UpdateTask& t = updates[k].task;
@@ -189,24 +195,29 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     t.num_minibatches = batch.num_minibatches();
     t.num_sources = num_sparsecores * t.num_minibatches;
     t.rows_per_partition = updates.table_rows(k) / num_sparsecores;
+    t.num_parts = std::max<int64_t>(1, batch.NumEntries(k) / (num_sparsecores * kEntriesPerPart));
     if (updates.gradient_rows(k) != t.num_samples * num_sparsecores ||
         updates.table_rows(k) != t.rows_per_partition * num_sparsecores) {
       return Invalid("update: gradient or table of stack " + std::to_string(k) + " have another number of rows");
     }
     bytes += sizeof(float) * t.dim * batch.NumEntries(k) * (2 + updates[k].rule->num_slots);
+    for (int64_t partition = 0; partition < num_sparsecores; ++partition) {
+      for (int64_t number = 0; number < t.num_parts; ++number) parts.push_back({k, partition, number});
+    }
   }
   const RowKernels& kernels = SelectRowKernels();
-  return RunTasks(threads, n * num_sparsecores, bytes, [&](int64_t task) {
-    const int64_t stack = task / num_sparsecores, partition = task % num_sparsecores;
-    UpdateTask t = updates[stack].task;
+  return RunTasks(threads, static_cast<int64_t>(parts.size()), bytes, [&](int64_t task) {
+    const Part part = parts[task];
+    UpdateTask t = updates[part.stack].task;
     std::vector<Entries> sources;
     sources.reserve(t.num_sources);
-    for (int64_t s = 0; s < num_sparsecores; ++s) batch.Append(stack, s, sources);
+    for (int64_t s = 0; s < num_sparsecores; ++s) batch.Append(part.stack, s, sources);
     t.entries = sources.data();
-    t.partition = partition;
-    const RowRule& rule = *updates[stack].rule;
+    t.partition = part.partition;
+    t.part = part.number;
+    const RowRule& rule = *updates[part.stack].rule;
     for (int slot = 0; slot <= rule.num_slots; ++slot) {
-      t.state[slot] += partition * t.rows_per_partition * StateColumns(rule.row_wise, slot, t.dim);
+      t.state[slot] += t.partition * t.rows_per_partition * StateColumns(rule.row_wise, slot, t.dim);
     }
     PartitionScratch::OfThread().Serve(t, kernels, t.dim);
     rule.update(t);

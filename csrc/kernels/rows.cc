@@ -132,25 +132,107 @@ struct RowOrder {
   uint64_t of(int64_t i) const { return what[static_cast<uint32_t>(keys[i])]; }
 };
 
-// Merges two ascending runs, without a branch for each element.
-inline void MergeRuns(const uint64_t* a, const uint64_t* a_end, const uint64_t* b, const uint64_t* b_end, uint64_t* out) {
-  while (a != a_end && b != b_end) {
+// Two ascending runs that are being merged.
+struct Merge {
+  const uint64_t *a, *a_end, *b, *b_end;
+  uint64_t* out;
+
+  bool both() const { return a != a_end && b != b_end; }
+
+  // Takes the lesser of the next two, without a branch.
+  void Step() {
     const uint64_t x = *a, y = *b;
     const bool second = y < x;
     *out++ = second ? y : x;
     b += second;
     a += !second;
   }
-  while (a != a_end) *out++ = *a++;
-  while (b != b_end) *out++ = *b++;
+
+  void Finish() {
+    while (both()) Step();
+    while (a != a_end) *out++ = *a++;
+    while (b != b_end) *out++ = *b++;
+  }
+};
+
+// Merges two ascending runs of different numbers. Each step waits for the one before it, so two halves are merged at once.
+inline void MergeRuns(const uint64_t* a, const uint64_t* a_end, const uint64_t* b, const uint64_t* b_end, uint64_t* out) {
+  // The first half is of the first `of_a` numbers of a, and of b.
+  const int64_t half = ((a_end - a) + (b_end - b)) / 2;
+  int64_t of_a = half - Min(half, b_end - b), most = Min(half, a_end - a);
+  while (of_a < most) {
+    const int64_t middle = (of_a + most) / 2;
+    const bool more = a[middle] < b[half - middle - 1];
+    of_a = more ? middle + 1 : of_a;
+    most = more ? most : middle;
+  }
+  const uint64_t *a_half = a + of_a, *b_half = b + (half - of_a);
+  Merge first = {a, a_half, b, b_half, out}, second = {a_half, a_end, b_half, b_end, out + half};
+  while (first.both() && second.both()) {
+    first.Step();
+    second.Step();
+  }
+  first.Finish();
+  second.Finish();
+}
+
+struct Range {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+};
+
+// The first entry of sorted ones with at least this id.
+inline int64_t FirstAtLeast(const int32_t* ids, Range range, int64_t id) {
+  int64_t begin = range.begin;
+  for (int64_t size = range.size(); size > 0;) {
+    const int64_t half = size / 2;
+    const bool below = ids[begin + half] < id;
+    begin += below ? half + 1 : 0;
+    size = below ? size - half - 1 : half;
+  }
+  return begin;
+}
+
+// The entries of a source in a partition.
+inline Range InPartition(const PartitionTask& t, const Entries& entries) {
+  const int64_t begin = PartitionBegin(entries, t.partition);
+  return {begin, PartitionEnd(entries, t.partition, begin)};
+}
+
+// The rows of the task's part. Parts are cut at ids of the source that has most entries, and never overlap, whatever these are.
+Range RowsOf(const PartitionTask& t) {
+  if (t.num_parts == 1) return {0, t.rows_per_partition};
+  const int32_t* ids = nullptr;
+  Range most = {0, 0};
+  for (int64_t s = 0; s < t.num_sources; ++s) {
+    const Range range = InPartition(t, t.entries[s]);
+    if (range.size() <= most.size()) continue;
+    most = range;
+    ids = t.entries[s].ids;
+  }
+  Range rows = {0, 0};
+  for (int64_t part = 0; part <= t.part; ++part) {
+    rows.begin = rows.end;
+    const bool last = part + 1 == t.num_parts || ids == nullptr;
+    const int64_t cut = last ? t.rows_per_partition : ids[most.begin + most.size() * (part + 1) / t.num_parts];
+    rows.end = Clamp(cut, rows.begin, t.rows_per_partition);
+  }
+  return rows;
+}
+
+// The entries of a source that name rows of a part.
+inline Range InPart(const PartitionTask& t, const Entries& entries, Range rows) {
+  const Range range = InPartition(t, entries);
+  if (t.num_parts == 1) return range;
+  const int64_t begin = FirstAtLeast(entries.ids, range, rows.begin);
+  return {begin, FirstAtLeast(entries.ids, {begin, range.end}, rows.end)};
 }
 
 int64_t CountEntries(const PartitionTask& t) {
+  const Range rows = RowsOf(t);
   int64_t count = 0;
-  for (int64_t s = 0; s < t.num_sources; ++s) {
-    const int64_t begin = PartitionBegin(t.entries[s], t.partition);
-    count += PartitionEnd(t.entries[s], t.partition, begin) - begin;
-  }
+  for (int64_t s = 0; s < t.num_sources; ++s) count += InPart(t, t.entries[s], rows).size();
   return count;
 }
 
@@ -162,15 +244,16 @@ inline __attribute__((always_inline)) RowOrder OrderRows(const PartitionTask& t,
   uint64_t* other = t.scratch.other_keys;
   uint64_t* what = t.scratch.what;
   uint32_t* ends = t.scratch.ends;
+  const Range part = RowsOf(t);
   uint32_t n = 0;
   int64_t runs = 0;
   for (int64_t s = 0; s < t.num_sources; ++s) {
     const Entries& entries = t.entries[s];
-    const int64_t begin = PartitionBegin(entries, t.partition), end = PartitionEnd(entries, t.partition, begin);
+    const Range range = InPart(t, entries, part);
     const int64_t first_sample = s / t.num_minibatches * t.num_samples;
     const uint32_t first = n;
-    for (int64_t e = begin; e < end; ++e) {
-      const bool valid = InRange(entries.ids[e], t.rows_per_partition) && InRange(entries.samples[e], t.num_samples);
+    for (int64_t e = range.begin; e < range.end; ++e) {
+      const bool valid = entries.ids[e] >= part.begin && entries.ids[e] < part.end && InRange(entries.samples[e], t.num_samples);
       keys[n] = static_cast<uint64_t>(static_cast<uint32_t>(entries.ids[e])) << 32 | n;
       what[n] = describe(entries, first_sample, e);
       n += valid;

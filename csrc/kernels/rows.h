@@ -57,7 +57,7 @@ struct OrderScratch {
   float* sum;            // [dim], for updates.
 };
 
-// The entries of one partition, of all SparseCores of the device.
+// The entries of one partition, or of a part of its rows, of all SparseCores of the device.
 struct PartitionTask {
   const Entries* entries;  // [num_sources], of each minibatch of each SparseCore of the device
   int64_t num_sources;
@@ -65,6 +65,8 @@ struct PartitionTask {
   int64_t partition;
   int64_t num_samples;         // Of a SparseCore.
   int64_t rows_per_partition;  // What ids must be below.
+  // The part of the partition's rows that the task is about: of `num_parts` with about as many entries each.
+  int64_t part = 0, num_parts = 1;
   OrderScratch scratch;  // See PartitionScratch.
 };
 

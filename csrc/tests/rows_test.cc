@@ -203,8 +203,12 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
   std::vector<std::vector<float>> wanted = state;
   std::vector<Entries> entries;
   for (int64_t s = 0; s < batch.sources; ++s) entries.push_back(batch.Of(s));
-  for (int64_t p = 0; p < batch.partitions; ++p) {
+  constexpr int64_t kParts = 3;
+  for (int64_t part = 0; part < batch.partitions * kParts; ++part) {
+    const int64_t p = part / kParts;
     UpdateTask task{};
+    task.part = part % kParts;
+    task.num_parts = kParts;
     task.entries = entries.data();
     task.num_sources = batch.sources;
     task.num_minibatches = minibatches;
