@@ -23,6 +23,8 @@ ARRAY_BYTES = 1 << 30
 DISTANCES = (4, 8, 16, 32, 64)
 DIMS = (16, 32, 64, 128)
 BATCHES = 8
+CALLS = 5
+"""Of each side in a turn, whose median counts: single calls vary more than kernels differ."""
 CASES = (("lookup", "sgd", "read"), ("update", "sgd", "write"), ("update", "adagrad", "write_two"))
 """The part of a step, the optimizer, and what of the ceiling's it corresponds to."""
 WANTED = {"lookup": 0.7, "update": 0.6}
@@ -78,9 +80,10 @@ def in_turns(side: SideProcess, part: str, ceiling: Ceiling, kind: str, row_byte
     side.time(0, part=part, count=3, untimed=0)
     ours, theirs = [], []
     for number in range(rounds):
-        ours += side.time(2 * number + 1, part=part)
+        ours.append(statistics.median(side.time(CALLS * number + 1, count=CALLS, part=part)))
         time.sleep(PAUSE_S)
-        theirs.append(ceiling.milliseconds(kind, row_bytes, distance, count))
+        passes = [ceiling.milliseconds(kind, row_bytes, distance, count) for _ in range(CALLS)]
+        theirs.append(statistics.median(passes))
     return ours, theirs
 
 
@@ -119,7 +122,7 @@ def report_ceiling(rounds: int) -> tuple[list[str], list[Target]]:
         f"pages, with the best of several prefetch distances, in {ARRAY_BYTES / 2**30:g} GiB arrays. Tables are as large, ids",
         f"uniform, {w.batch:,} samples of {w.valency} ids, {BATCHES} batches in rotation. What is counted are distinct rows of a",
         "batch, once each: not the activations that a lookup writes, nor the gradients that an update reads, nor ids. Medians of",
-        f"{rounds} rounds in turns, each beginning with a call that is not timed; GB/s are bytes read from arrays, as many more",
+        f"{rounds} rounds in turns, of {CALLS} calls each, whose median counts; GB/s are bytes read from arrays, as many more",
         f"are written by an update. Read in order, an array gives {sequential:.1f} GB/s.",
         "",
     ]
