@@ -19,7 +19,7 @@ from benchmarks.results import table, write_section
 from benchmarks.sides.model_setting import ModelSetting
 from benchmarks.targets import Target
 from benchmarks.timing import machine
-from benchmarks.trials import Ratio, alternate
+from benchmarks.trials import TURNS, Ratio, alternate
 
 EMBAX = SideProgram("embax", "embax_models", None, ("adagrad",))
 PEER = SideProgram("torch + FBGEMM", "fbgemm_models", "build/venv-torch", ("adagrad",))
@@ -111,7 +111,7 @@ def report(trials: list[Trial], rounds: int) -> str:
         f"{PEER.title}: eager, FBGEMM's tables, whose backward pass updates them, and PyTorch's layers; ids, offsets and tensors",
         "are made beforehand. The gradient of the products of vectors is written by hand on both sides, which is faster on both",
         "than automatic differentiation, and both let the C library keep memory from step to step. Each side runs in a process",
-        "of its own, on as many threads as there are cores. They take turns, each beginning with a step that is not timed, for",
+        f"of its own, on as many threads as there are cores. They take {TURNS}, for",
         f"up to {rounds} rounds; times are medians, a ratio is the median of the rounds' ratios, with its range, and above 1",
         "where embax is faster; the ratio of each side's fastest steps stands beside it, as other load of the machine delays the",
         f"two in different ways. First the losses of {len(CHECKED_BATCHES)} steps are checked to agree to {TOLERANCE:g}.",

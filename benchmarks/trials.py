@@ -17,6 +17,11 @@ CHECKED_ROWS = 5_000
 PAUSE_S = 0.04
 """Between turns: threads of the side before may still wait for work in a loop, or give memory back."""
 WARM_STEPS = 2
+STEPS_OF_A_TURN = 7
+TURNS = f"turns of up to {STEPS_OF_A_TURN} steps in a row, whose median counts"
+"""What `alternate` does, for readers."""
+TURN_MS = 500.0
+"""A turn takes about so long at most, unless a single step takes longer."""
 STEPS_OF_A_PROCESS = 8
 ENOUGH_S = 20.0
 """A comparison ends after so long, with `FEWEST_ROUNDS` at least."""
@@ -163,15 +168,22 @@ def compare(title: str, expected: Observed, found: Observed, fault: Fault | None
 
 
 def alternate(sides: list[SideProcess], rounds: int) -> list[list[float]]:
-    """Milliseconds of a step of each side, which take turns; each begins its turn with a step that is not timed."""
+    """Milliseconds of a step of each side, which take turns: the median of some steps in a row, as in a training loop.
+
+    Each turn begins with steps that are not timed. Of slow steps a turn has fewer.
+    """
     times: list[list[float]] = [[] for _ in sides]
-    start = time.monotonic()
-    for number in range(rounds):
-        if number >= FEWEST_ROUNDS and time.monotonic() - start > ENOUGH_S:
+    counts = [1] * len(sides)
+    start, number = time.monotonic(), 0
+    for turn in range(rounds):
+        if turn >= FEWEST_ROUNDS and time.monotonic() - start > ENOUGH_S:
             break
-        for side, of_side in zip(sides, times, strict=True):
+        for place, side in enumerate(sides):
             time.sleep(PAUSE_S)
-            of_side += side.time(2 * number + 1)
+            steps = side.time(number + WARM_STEPS, count=counts[place], untimed=min(WARM_STEPS, counts[place]))
+            times[place].append(statistics.median(steps))
+            counts[place] = max(1, min(STEPS_OF_A_TURN, int(TURN_MS / times[place][-1])))
+        number += STEPS_OF_A_TURN
     return times
 
 
