@@ -12,8 +12,10 @@ namespace EMBAX_ISA {
 namespace {
 
 // How far ahead of its use a row of a table, and what an entry names, is asked for, and the bytes of it: far enough to cover a
-// memory access (about 100 ns) with the work between, near enough to stay in the first level cache.
+// memory access (about 100 ns, more where its address must be translated) with the work between, which is less for short rows,
+// near enough to stay in the first level cache.
 constexpr int64_t kPrefetchRows = 8;
+constexpr int64_t kPrefetchShortRows = 24;
 constexpr int64_t kPrefetchEntries = 16;
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kPrefetchBytes = 1024;
@@ -365,9 +367,10 @@ void UpdateRows(const UpdateTask& t) {
   const bool limits = options.min > -HUGE_VALF || options.max < HUGE_VALF;
   const RowOrder order = OrderGradients(t);
   float* const sum = t.scratch.sum;
+  constexpr int64_t kAhead = kDim > 0 && kDim <= 32 ? kPrefetchShortRows : kPrefetchRows;
   for (int64_t number = 0; number < order.num_rows; ++number) {
-    if (number + kPrefetchRows < order.num_rows) {
-      const int64_t ahead = order.row(number + kPrefetchRows);
+    if (number + kAhead < order.num_rows) {
+      const int64_t ahead = order.row(number + kAhead);
       for (int k = 0; k <= Rule::kSlots; ++k) {
         if (StateColumns(Rule::kRowWise, k, 0) == 1) {
           __builtin_prefetch(t.state[k] + ahead, 0, 3);
