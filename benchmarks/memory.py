@@ -7,8 +7,8 @@ import tempfile
 from benchmarks.processes import EMBAX, running
 from benchmarks.results import table
 from benchmarks.targets import Target
-from benchmarks.trials import available_bytes, fits
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.trials import cases
+from benchmarks.workloads import Workload
 
 MAX_SHARE = 0.1
 STEPS = 8
@@ -32,23 +32,18 @@ def peaks_of(workload: Workload, optimizer: str) -> tuple[list[float], float]:
 def report_memory(names: list[str], optimizers: list[str]) -> tuple[list[str], list[Target]]:
     """A table of peaks: each case in a process of its own."""
     rows, shares = [], []
-    for name in names:
-        for optimizer in optimizers:
-            workload = WORKLOADS[name]
-            if not fits(EMBAX, workload, optimizer, available_bytes()):
-                print(f"{name}, {optimizer}: does not fit into memory", flush=True)
-                continue
-            peaks, seconds = peaks_of(workload, optimizer)
-            few = dataclasses.replace(workload, vocabulary=FEW_ROWS)
-            fixed = max(peaks_of(few, optimizer)[0]) - few.state_bytes(optimizer)
-            state = workload.state_bytes(optimizer)
-            beyond = max(peaks) - state
-            share = (beyond - fixed) / state
-            if state >= LEAST_BYTES:
-                shares.append(share)
-            cells = [name, optimizer, *(f"{size / 1e6:.0f}" for size in (state, *peaks, beyond, fixed))]
-            rows.append([*cells, f"{100 * share:.1f}", f"{seconds:.1f}"])
-            print("memory:", *rows[-1], flush=True)
+    for workload, optimizer in cases(names, optimizers):
+        peaks, seconds = peaks_of(workload, optimizer)
+        few = dataclasses.replace(workload, vocabulary=FEW_ROWS)
+        fixed = max(peaks_of(few, optimizer)[0]) - few.state_bytes(optimizer)
+        state = workload.state_bytes(optimizer)
+        beyond = max(peaks) - state
+        share = (beyond - fixed) / state
+        if state >= LEAST_BYTES:
+            shares.append(share)
+        cells = [workload.name, optimizer, *(f"{size / 1e6:.0f}" for size in (state, *peaks, beyond, fixed))]
+        rows.append([*cells, f"{100 * share:.1f}", f"{seconds:.1f}"])
+        print("memory:", *rows[-1], flush=True)
     heads = ["workload", "optimizer", "tables and slots, MB", "while made, MB", "first step, MB", "steps, MB"]
     heads += ["beyond, MB", f"beyond with {FEW_ROWS:,} rows, MB", "difference, %", "made in, s"]
     text = [

@@ -146,7 +146,7 @@ def main() -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=25, help="timed steps of each side (default 25)")
+    parser.add_argument("--rounds", type=int, default=25, help="turns of each side (default 25)")
     parser.add_argument("--stacked", action="store_true", help="let embax stack the tables")
     parser.add_argument("--write", action="store_true", help="write the section in RESULTS.md")
     options = parser.parse_args()

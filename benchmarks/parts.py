@@ -9,7 +9,7 @@ import time
 from benchmarks.processes import EMBAX, running
 from benchmarks.results import table
 from benchmarks.targets import Target
-from benchmarks.trials import PAUSE_S, Ratio, alternate, available_bytes, fits
+from benchmarks.trials import PAUSE_S, Ratio, alternate, available_bytes, cases, fits
 from benchmarks.workloads import WIDE, WORKLOADS, Workload
 
 PARTS = ("packing", "lookup", "update", "step")
@@ -22,26 +22,21 @@ MAX_HOT, MAX_GROWTH, MAX_OVERHEAD_US = 1.2, 2.5, 300.0
 def report_parts(names: list[str], optimizers: list[str], rounds: int) -> tuple[list[str], list[Target]]:
     """A table of the parts of each workload's step; parts take turns."""
     rows = []
-    for name in names:
-        for optimizer in optimizers:
-            workload = WORKLOADS[name]
-            if not fits(EMBAX, workload, optimizer, available_bytes()):
-                print(f"{name}, {optimizer}: does not fit into memory", flush=True)
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                workload.write(pathlib.Path(folder))
-                with running((EMBAX, workload.setting(optimizer, folder))) as (side,):
-                    first = side.time(0, untimed=0)[0] / 1e3
-                    side.time(1, count=8)
-                    peak = side.memory()["peak"]
-                    times: dict[str, list[float]] = {part: [] for part in PARTS}
-                    for number in range(rounds):
-                        for part, of_part in times.items():
-                            of_part += side.time(2 * number + 1, part=part)
-            cells = [name, optimizer, *(f"{statistics.median(of_part):.2f}" for of_part in times.values())]
-            state = workload.state_bytes(optimizer)
-            rows.append([*cells, f"{first:.2f}", f"{state / 1e6:.0f}", f"{peak / 1e6:.0f}"])
-            print(*rows[-1], flush=True)
+    for workload, optimizer in cases(names, optimizers):
+        with tempfile.TemporaryDirectory() as folder:
+            workload.write(pathlib.Path(folder))
+            with running((EMBAX, workload.setting(optimizer, folder))) as (side,):
+                first = side.time(0, untimed=0)[0] / 1e3
+                side.time(1, count=8)
+                peak = side.memory()["peak"]
+                times: dict[str, list[float]] = {part: [] for part in PARTS}
+                for number in range(rounds):
+                    for part, of_part in times.items():
+                        of_part += side.time(2 * number + 1, part=part)
+        cells = [workload.name, optimizer, *(f"{statistics.median(of_part):.2f}" for of_part in times.values())]
+        state = workload.state_bytes(optimizer)
+        rows.append([*cells, f"{first:.2f}", f"{state / 1e6:.0f}", f"{peak / 1e6:.0f}"])
+        print(*rows[-1], flush=True)
     heads = ["workload", "optimizer", *(f"{part}, ms" for part in PARTS)]
     heads += ["first step, s", "tables and slots, MB", "peak, MB"]
     text = [

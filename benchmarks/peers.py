@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--optimizers", nargs="+", choices=LEARNING_RATES, default=list(LEARNING_RATES))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each side (default 15)")
     parser.add_argument("--write", action="store_true", help="write the sections in RESULTS.md, and the picture")
     options = parser.parse_args()
     peers = [PEERS[name] for name in options.peers]

@@ -1,15 +1,17 @@
 """Comparisons of sides in turns: as many processes at once as memory holds, after a check that all compute the same."""
 
+import itertools
 import pathlib
 import statistics
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.processes import EMBAX, SOUND_COLUMNS, Fault, SideProcess, SideProgram, running
 from benchmarks.sides.setting import Setting
-from benchmarks.workloads import Workload
+from benchmarks.workloads import WORKLOADS, Workload
 
 CHECKED_BATCHES = (0, 1, 0)
 CHECKED_TABLES = 4
@@ -80,6 +82,15 @@ def needed_bytes(program: SideProgram, workload: Workload, optimizer: str) -> fl
 def fits(program: SideProgram, workload: Workload, optimizer: str, available: float) -> bool:
     """Whether the memory that is available holds a side alone."""
     return needed_bytes(program, workload, optimizer) <= (1 - MARGIN) * available
+
+
+def cases(names: list[str], optimizers: list[str]) -> Iterator[tuple[Workload, str]]:
+    """Workloads and optimizers whose memory is there for embax, which is looked at when each comes; the others are named."""
+    for name, optimizer in itertools.product(names, optimizers):
+        if fits(EMBAX, WORKLOADS[name], optimizer, available_bytes()):
+            yield WORKLOADS[name], optimizer
+        else:
+            print(f"{name}, {optimizer}: does not fit into memory", flush=True)
 
 
 def groups_of(

@@ -36,6 +36,24 @@ def test_any_batch_size(backend, batch):
     np.testing.assert_allclose(activations["f"], oracle.lookup(table, ids, "sum"), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_sparsecores", [1, 4])
+def test_updates_of_so_many_entries_that_threads_share_a_partition(num_sparsecores):
+    batch, rows = 20_000, 6_000
+    specs, variables = model(num_sparsecores, vocabulary=rows, optimizer=embax.AdagradOptimizerSpec(0.1))
+    ids = np.random.default_rng(0).integers(0, rows, (batch, 3))
+    ids[:, 0] = 7  # More entries of a row than a part has.
+    gradients = {"f": jnp.asarray(np.random.default_rng(1).standard_normal((batch, 8)), jnp.float32)}
+    packed = embax.preprocess({"f": ids}, specs=specs, limits="grow")
+    updated = []
+    for backend in ("native", "portable"):
+        with embax.use_backend(backend):
+            updated.append(embax.apply_gradients(gradients, packed, variables, specs=specs))
+    for native, portable in zip(*map(jax.tree.leaves, updated), strict=True):
+        np.testing.assert_allclose(native, portable, rtol=1e-4, atol=1e-5)
+    before, after = (oracle.tables_of(one, specs)["table"][0] for one in (variables, updated[0]))
+    np.testing.assert_array_equal(np.flatnonzero((before != after).any(axis=1)), np.unique(ids))
+
+
 @pytest.mark.parametrize("structure", [dict, tuple, list])
 def test_activations_have_the_structure_of_the_specs(structure):
     tables = [oracle.table_spec("a", dim=8), oracle.table_spec("b", dim=16)]

@@ -250,6 +250,7 @@ class SortedRows {
       }
       in_order = RadixSort(digits, kept, entries.data(), other.data());
     }
+    size_ = static_cast<int32_t>(kept);
     ids_.resize(kept);
     samples_.resize(kept);
     gains_.assign(kept, 1.0f);
@@ -259,21 +260,10 @@ class SortedRows {
     }
   }
 
-  int32_t size() const { return static_cast<int32_t>(ids_.size()); }
-
-  // The first of part `number` of `count` of about equal sizes, moved so that no row belongs to two parts.
-  int32_t Begin(int64_t number, int64_t count) const {
-    int64_t begin = size() * number / count;
-    while (begin > 0 && begin < size() && ids_[begin] == ids_[begin - 1]) ++begin;
-    return static_cast<int32_t>(begin);
-  }
-
-  // The entries up to `end`, from `begin` on.
-  Entries Part(int32_t begin, const int32_t& end) const {
-    return {&end, ids_.data(), samples_.data(), gains_.data(), size(), begin};
-  }
+  Entries entries() const { return {&size_, ids_.data(), samples_.data(), gains_.data(), size_, 0}; }
 
  private:
+  int32_t size_;
   std::vector<int32_t> ids_, samples_;
   std::vector<float> gains_;
 };
@@ -298,6 +288,7 @@ ffi::Error ApplyRows(ffi::ThreadPool threads, Floats hyperparameters, ffi::Remai
     UpdateTask& t = updates[k].task;
     t.num_samples = updates.gradient_rows(k);
     t.num_minibatches = t.num_sources = 1;
+    t.num_parts = kParts;
     t.rows_per_partition = updates.table_rows(k);
     bytes += sizeof(float) * t.dim * t.num_samples * (2 + updates[k].rule->num_slots);
   }
@@ -308,14 +299,12 @@ ffi::Error ApplyRows(ffi::ThreadPool threads, Floats hyperparameters, ffi::Remai
   if (error.failure()) return error;
   const RowKernels& kernels = SelectRowKernels();
   return RunTasks(threads, n * kParts, bytes, [&](int64_t task) {
-    const int64_t stack = task / kParts, part = task % kParts;
-    const SortedRows& own = *sorted[stack];
-    const int32_t begin = own.Begin(part, kParts), end = part + 1 < kParts ? own.Begin(part + 1, kParts) : own.size();
-    if (begin >= end) return;
-    const Entries entries = own.Part(begin, end);
+    const int64_t stack = task / kParts;
+    const Entries entries = sorted[stack]->entries();
     UpdateTask t = updates[stack].task;
     t.entries = &entries;
     t.partition = 0;
+    t.part = task % kParts;
     PartitionScratch::OfThread().Serve(t, kernels, t.dim);
     updates[stack].rule->update(t);
   });

@@ -278,7 +278,7 @@ inline __attribute__((always_inline)) RowOrder OrderRows(const PartitionTask& t,
   uint32_t* starts = reinterpret_cast<uint32_t*>(other);
   int64_t rows = 0;
   starts[0] = 0;
-  keys[n] = ~keys[n > 0 ? n - 1 : 0];  // Of another row than the last one.
+  if (n > 0) keys[n] = ~keys[n - 1];  // Of another row than the last one.
   for (uint32_t i = 0; i < n; ++i) {
     starts[rows + 1] = i + 1;
     rows += keys[i] >> 32 != keys[i + 1] >> 32;
