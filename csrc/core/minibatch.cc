@@ -54,7 +54,7 @@ uint64_t BoundariesOf(Buckets counts, int64_t limit) {
 
 uint64_t SortedBatch::MinibatchBoundaries(const std::vector<PackLimits>& limits, int64_t threads) const {
   std::atomic<uint64_t> boundaries{0};
-  ForTasks(HelpersFor(threads, total_bound_), static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
+  ParallelFor(HelpersFor(threads, total_bound_), static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
     const int64_t number = order_[i];
     const Task& task = tasks_[number];
     const uint32_t rows = static_cast<uint32_t>(stacks_[task.stack].rows);
@@ -91,7 +91,7 @@ int64_t SortedBatch::FormMinibatches(uint64_t boundaries, int64_t threads) {
   for (int64_t bucket = 1; bucket < kBuckets; ++bucket) {
     minibatch_of[bucket] = static_cast<uint8_t>(minibatch_of[bucket - 1] + (boundaries >> (bucket - 1) & 1));
   }
-  ForTasks(HelpersFor(threads, total_bound_), static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
+  ParallelFor(HelpersFor(threads, total_bound_), static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
     const int64_t number = order_[i], size = minibatches * num_sparsecores_;
     FormTask(tasks_[number], number, minibatch_of.data(), size, counts.data() + number * size,
              unique_counts.data() + number * size);

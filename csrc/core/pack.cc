@@ -265,7 +265,7 @@ PackError SortedBatch::Sort(const PackRequest& request, int64_t threads) {
   const PackError error = Prepare(request);
   if (error.fault != PackFault::kNone) return error;
   std::atomic<bool> failed{false};
-  ForTasks(HelpersFor(threads, total_bound_), static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
+  ParallelFor(HelpersFor(threads, total_bound_), static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
     if (failed.load(std::memory_order_relaxed)) return;
     if (!SortTask(request, tasks_[order_[i]], order_[i])) failed.store(true, std::memory_order_relaxed);
   });
@@ -383,7 +383,7 @@ bool SortedBatch::Write(const std::vector<PackPlacement>& placements, const Pack
     end += required_[number];
     if (end > (layout == PackLayout::kShares ? starts[number] + share : capacity)) return false;
   }
-  ForTasks(HelpersFor(threads, total_bound_), static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
+  ParallelFor(HelpersFor(threads, total_bound_), static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
     const int32_t number = order_[i];
     WriteTask(tasks_[number], number, starts[number], layout, placements[tasks_[number].stack], arrays);
   });

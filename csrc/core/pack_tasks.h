@@ -4,12 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
-#include <utility>
 
 #include "core/format.h"
 #include "core/parallel.h"
-#include "core/thread_pool.h"
 
 namespace embax {
 
@@ -21,12 +18,6 @@ inline int64_t RoundUp(int64_t value) { return RoundDown(value + kPartitionAlign
 
 inline int64_t HelpersFor(int64_t threads, int64_t ids) {
   return std::max<int64_t>(0, std::min(threads - 1, ids / kIdsPerHelper));
-}
-
-template <typename Body>
-void ForTasks(int64_t helpers, int64_t count, Body&& body) {
-  ParallelFor([helpers](std::function<void()> work) { SchedulePacking(helpers, std::move(work)); }, helpers, count,
-              std::forward<Body>(body));
 }
 
 }  // namespace embax

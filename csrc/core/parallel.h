@@ -11,13 +11,14 @@
 #include <mutex>
 #include <utility>
 
+#include "core/thread_pool.h"
+
 namespace embax {
 
-// Calls body(0), ..., body(count - 1), on this thread and on up to `helpers` others that `schedule(std::function<void()>)`
-// starts. Returns when all calls have returned; rethrows the first exception that one of them threw. A helper that starts
+// Calls body(0), ..., body(count - 1), on this thread and on up to `helpers` of the pool's. Returns when all calls have returned; rethrows the first exception that one of them threw. A helper that starts
 // late finds nothing left to do, so a busy pool costs time but never a deadlock.
-template <typename Schedule, typename Body>
-void ParallelFor(Schedule&& schedule, int64_t helpers, int64_t count, Body&& body) {
+template <typename Body>
+void ParallelFor(int64_t helpers, int64_t count, Body&& body) {
   if (helpers <= 0 || count <= 1) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
@@ -51,7 +52,7 @@ void ParallelFor(Schedule&& schedule, int64_t helpers, int64_t count, Body&& bod
   state->count = count;
   if (helpers > count - 1) helpers = count - 1;
   try {
-    for (int64_t i = 0; i < helpers; ++i) schedule([state] { state->Work(); });
+    Schedule(helpers, [state] { state->Work(); });
   } catch (...) {
     // Those that were started may be running `body` already: go on with them.
   }

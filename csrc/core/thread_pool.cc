@@ -1,6 +1,11 @@
 #include "core/thread_pool.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -9,6 +14,7 @@
 #include <system_error>
 #include <thread>
 #include <utility>
+#include <vector>
 
 namespace embax {
 namespace {
@@ -25,13 +31,36 @@ inline void Pause() {
 #endif
 }
 
+// More workers than these find a processor without being told: there are more to choose from.
+constexpr size_t kMostPlaced = 7;
+
+#if defined(__linux__)
+pid_t ThisThread() { return static_cast<pid_t>(syscall(SYS_gettid)); }
+
+// Keeps sleeping threads from being woken on the processor that this thread runs on. Linux wakes a thread where it ran last,
+// and looks for an idle processor only while few are busy: there it would wait for this thread, for milliseconds, beside idle
+// processors.
+void KeepOffThisProcessor(const std::vector<pid_t>& threads) {
+  cpu_set_t processors;
+  const int here = sched_getcpu();
+  if (here < 0 || here >= CPU_SETSIZE || sched_getaffinity(0, sizeof(processors), &processors) != 0) return;
+  CPU_CLR(here, &processors);
+  if (CPU_COUNT(&processors) == 0) return;
+  for (const pid_t thread : threads) sched_setaffinity(thread, sizeof(processors), &processors);
+}
+#else
+using pid_t = int;
+pid_t ThisThread() { return 0; }
+void KeepOffThisProcessor(const std::vector<pid_t>&) {}
+#endif
+
 class Pool {
  public:
-  bool Schedule(int64_t workers, std::function<void()> work) {
-    if (workers > kMaxWorkers) workers = kMaxWorkers;
+  void Schedule(int64_t helpers, const std::function<void()>& work) {
+    if (helpers > kMaxWorkers) helpers = kMaxWorkers;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (num_workers_ < workers) {
+      while (num_workers_ < helpers) {
         try {
           std::thread([this] { Run(); }).detach();
         } catch (const std::system_error&) {
@@ -39,16 +68,20 @@ class Pool {
         }
         ++num_workers_;
       }
-      if (num_workers_ == 0) return false;
-      queue_.push_back(std::move(work));
-      queued_.fetch_add(1, std::memory_order_release);
+      if (num_workers_ == 0) return;
+      if (started_.size() <= kMostPlaced) KeepOffThisProcessor(started_);
+      for (int64_t i = 0; i < helpers; ++i) queue_.push_back(work);
+      queued_.fetch_add(helpers, std::memory_order_release);
     }
-    awake_.notify_one();
-    return true;
+    for (int64_t i = 0; i < helpers; ++i) awake_.notify_one();
   }
 
  private:
   [[noreturn]] void Run() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      started_.push_back(ThisThread());
+    }
     for (;;) {
       for (int spin = 0; spin < kSpins && queued_.load(std::memory_order_acquire) == 0; ++spin) Pause();
       std::function<void()> work;
@@ -68,6 +101,7 @@ class Pool {
   std::deque<std::function<void()>> queue_;
   std::atomic<int64_t> queued_{0};
   int64_t num_workers_ = 0;
+  std::vector<pid_t> started_;
 };
 
 // Never destroyed: its threads sleep in it until the process ends. Reached through an atomic rather than a lock, since a
@@ -88,8 +122,6 @@ Pool* GetPool() {
 
 }  // namespace
 
-bool SchedulePacking(int64_t workers, std::function<void()> work) {
-  return GetPool()->Schedule(workers, std::move(work));
-}
+void Schedule(int64_t helpers, const std::function<void()>& work) { GetPool()->Schedule(helpers, work); }
 
 }  // namespace embax

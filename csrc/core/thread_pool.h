@@ -1,4 +1,5 @@
-// The threads that pack ids. They are started when first needed, and again in a child after a fork.
+// The threads that help to pack ids and to look up and update rows. They are started when first needed, and again in a child
+// after a fork.
 #ifndef EMBAX_CORE_THREAD_POOL_H_
 #define EMBAX_CORE_THREAD_POOL_H_
 
@@ -7,9 +8,9 @@
 
 namespace embax {
 
-// Runs `work` soon on one of the pool's threads, of which there are then at least `workers` (if the system gives them).
-// False if there is no thread at all: the caller does the work. May be called from any thread.
-bool SchedulePacking(int64_t workers, std::function<void()> work);
+// Runs `work` soon, `helpers` times, on the pool's threads, of which there are then at least as many if the system gives them.
+// Without any thread nothing is run: the caller does the work. May be called from any thread.
+void Schedule(int64_t helpers, const std::function<void()>& work);
 
 }  // namespace embax
 

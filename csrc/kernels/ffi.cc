@@ -320,7 +320,7 @@ ffi::Error Fill(ffi::ThreadPool threads, Floats row, ResultMatrix table) {
   AdviseHugePages(data, data + rows * dim);
   const int64_t rows_per_task = std::max<int64_t>(1, kHugePage / (sizeof(float) * std::max<int64_t>(dim, 1)));
   const int64_t tasks = (rows + rows_per_task - 1) / rows_per_task;
-  ParallelFor([&](std::function<void()> work) { threads.Schedule(std::move(work)); }, NumThreads(threads) - 1, tasks,
+  ParallelFor(NumThreads(threads) - 1, tasks,
               [&](int64_t task) {
                 const int64_t last = std::min(rows, (task + 1) * rows_per_task);
                 for (int64_t r = task * rows_per_task; r < last; ++r) std::copy_n(row.typed_data(), dim, data + r * dim);
