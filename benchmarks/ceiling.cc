@@ -1,12 +1,12 @@
 // What this machine's memory gives: sequential reads, and distinct random rows that are read, or read, modified and written.
 //
 // Usage: ceiling BYTES THREADS, where BYTES, a power of two, is the size of each of two arrays. Then each line of the input is
-// a command "KIND ROW_BYTES DISTANCE COUNT", answered by the seconds that it took:
+// a command "KIND ROW_BYTES DISTANCE LEVEL COUNT", answered by the seconds that it took:
 //   sequential  all of one array is read; the numbers do not matter
 //   read        COUNT distinct rows of ROW_BYTES in random order are read
 //   write       ... are read, modified and written
 //   write_two   ... and so are the same rows of a second array, as for an optimizer with a slot as large as the table
-// Rows are prefetched DISTANCE rows ahead. Arrays lie in huge pages where the system has them. Threads share the rows evenly.
+// Rows are prefetched DISTANCE rows ahead, into the cache of the first or second LEVEL. Arrays lie in huge pages where the system has them. Threads share the rows evenly.
 
 #include <sys/mman.h>
 
@@ -49,20 +49,27 @@ uint32_t scattered(uint32_t number, uint32_t seed, int bits) {
   return x;
 }
 
-template <size_t kRowBytes, bool kForWrite>
+template <size_t kRowBytes, bool kForWrite, int kLevel>
 inline void prefetch(const float* row) {
-  for (size_t line = 0; line < kRowBytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + line, kForWrite, 3);
+  for (size_t line = 0; line < kRowBytes; line += 64) {
+    const char* address = reinterpret_cast<const char*>(row) + line;
+    if constexpr (kLevel == 2) {
+      __builtin_prefetch(address, 0, 2);
+    } else {
+      __builtin_prefetch(address, kForWrite, 3);
+    }
+  }
 }
 
-template <Kind kKind, size_t kRowBytes>
+template <Kind kKind, size_t kRowBytes, int kLevel>
 uint64_t pass(float* table, float* slot, const uint32_t* rows, size_t count, size_t distance) {
   constexpr size_t kWidth = kRowBytes / sizeof(float);
   constexpr bool kForWrite = kKind != Kind::kRead;
   uint64_t sums[kRowBytes / 8] = {};
   for (size_t i = 0; i < count; ++i) {
     const size_t ahead = rows[std::min(i + distance, count - 1)] * kWidth;
-    prefetch<kRowBytes, kForWrite>(table + ahead);
-    if constexpr (kKind == Kind::kWriteTwo) prefetch<kRowBytes, true>(slot + ahead);
+    prefetch<kRowBytes, kForWrite, kLevel>(table + ahead);
+    if constexpr (kKind == Kind::kWriteTwo) prefetch<kRowBytes, true, kLevel>(slot + ahead);
     float* __restrict row = table + rows[i] * kWidth;
     if constexpr (kKind == Kind::kRead) {
       const uint64_t* words = reinterpret_cast<const uint64_t*>(row);
@@ -82,13 +89,19 @@ uint64_t pass(float* table, float* slot, const uint32_t* rows, size_t count, siz
   return sum;
 }
 
+template <Kind kKind, size_t kRowBytes>
+uint64_t pass_by(size_t level, float* table, float* slot, const uint32_t* rows, size_t count, size_t distance) {
+  return level == 2 ? pass<kKind, kRowBytes, 2>(table, slot, rows, count, distance)
+                    : pass<kKind, kRowBytes, 1>(table, slot, rows, count, distance);
+}
+
 template <Kind kKind>
-uint64_t pass_of(size_t row_bytes, float* table, float* slot, const uint32_t* rows, size_t count, size_t distance) {
+uint64_t pass_of(size_t row_bytes, size_t level, float* table, float* slot, const uint32_t* rows, size_t count, size_t distance) {
   switch (row_bytes) {
-    case 64: return pass<kKind, 64>(table, slot, rows, count, distance);
-    case 128: return pass<kKind, 128>(table, slot, rows, count, distance);
-    case 256: return pass<kKind, 256>(table, slot, rows, count, distance);
-    case 512: return pass<kKind, 512>(table, slot, rows, count, distance);
+    case 64: return pass_by<kKind, 64>(level, table, slot, rows, count, distance);
+    case 128: return pass_by<kKind, 128>(level, table, slot, rows, count, distance);
+    case 256: return pass_by<kKind, 256>(level, table, slot, rows, count, distance);
+    case 512: return pass_by<kKind, 512>(level, table, slot, rows, count, distance);
   }
   std::fprintf(stderr, "rows have 64, 128, 256 or 512 bytes, not %zu\n", row_bytes);
   std::exit(1);
@@ -142,8 +155,8 @@ int main(int argc, char** argv) {
   std::vector<uint32_t> rows;
   uint32_t seed = 0;
   char kind[16];
-  size_t row_bytes, distance, count;
-  while (std::scanf("%15s %zu %zu %zu", kind, &row_bytes, &distance, &count) == 4) {
+  size_t row_bytes, distance, level, count;
+  while (std::scanf("%15s %zu %zu %zu %zu", kind, &row_bytes, &distance, &level, &count) == 5) {
     const std::string name = kind;
     double result;
     if (name == "sequential") {
@@ -158,9 +171,9 @@ int main(int argc, char** argv) {
       result = seconds(num_threads, [&](int t) {
         const size_t first = count * t / num_threads, last = count * (t + 1) / num_threads;
         const uint32_t* mine = rows.data() + first;
-        if (name == "read") return pass_of<Kind::kRead>(row_bytes, table, slot, mine, last - first, distance);
-        if (name == "write") return pass_of<Kind::kWrite>(row_bytes, table, slot, mine, last - first, distance);
-        return pass_of<Kind::kWriteTwo>(row_bytes, table, slot, mine, last - first, distance);
+        if (name == "read") return pass_of<Kind::kRead>(row_bytes, level, table, slot, mine, last - first, distance);
+        if (name == "write") return pass_of<Kind::kWrite>(row_bytes, level, table, slot, mine, last - first, distance);
+        return pass_of<Kind::kWriteTwo>(row_bytes, level, table, slot, mine, last - first, distance);
       });
     }
     std::printf("%.9f\n", result);

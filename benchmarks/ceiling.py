@@ -1,5 +1,6 @@
 """embax's lookup and update alone beside what this machine's memory gives a small native program, in turns."""
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -20,7 +21,8 @@ from benchmarks.workloads import Workload
 SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 PROGRAM = ROOT / "build" / "benchmarks" / "ceiling"
 ARRAY_BYTES = 1 << 30
-DISTANCES = (4, 8, 16, 32, 64)
+PREFETCHES = tuple(itertools.product((4, 8, 16, 32, 64), (1, 2)))
+"""How many rows ahead, and into the cache of which level."""
 DIMS = (16, 32, 64, 128)
 BATCHES = 8
 CALLS = 7
@@ -59,30 +61,34 @@ class Ceiling:
         self._process.stdin.close()
         self._process.wait()
 
-    def milliseconds(self, kind: str, row_bytes: int = 64, distance: int = 16, count: int = 1) -> float:
+    def milliseconds(
+        self, kind: str, row_bytes: int = 64, prefetch: tuple[int, int] = (16, 1), count: int = 1
+    ) -> float:
         """Of one pass, after one that is not timed."""
         for _ in range(2):
-            print(kind, row_bytes, distance, count, file=self._process.stdin, flush=True)
+            print(kind, row_bytes, *prefetch, count, file=self._process.stdin, flush=True)
             assert self._process.stdout is not None
             seconds = float(self._process.stdout.readline())
         return 1e3 * seconds
 
-    def best_distance(self, kind: str, row_bytes: int, count: int) -> int:
-        """How far ahead rows are best prefetched: by the median of some passes each."""
-        passes = {d: [self.milliseconds(kind, row_bytes, d, count) for _ in range(5)] for d in DISTANCES}
-        return min(DISTANCES, key=lambda distance: statistics.median(passes[distance]))
+    def best_prefetch(self, kind: str, row_bytes: int, count: int) -> tuple[int, int]:
+        """How rows are best prefetched: by the fastest of some passes each, in turns."""
+        passes: dict[tuple[int, int], list[float]] = {prefetch: [] for prefetch in PREFETCHES}
+        for _, prefetch in itertools.product(range(7), PREFETCHES):
+            passes[prefetch].append(self.milliseconds(kind, row_bytes, prefetch, count))
+        return min(PREFETCHES, key=lambda prefetch: min(passes[prefetch]))
 
 
 def in_turns(side: SideProcess, part: str, ceiling: Ceiling, kind: str, row_bytes: int, count: int, rounds: int):
     """Milliseconds of embax and of the ceiling in each round."""
-    distance = ceiling.best_distance(kind, row_bytes, count)
+    prefetch = ceiling.best_prefetch(kind, row_bytes, count)
     side.time(0, part="pack_all", untimed=0)
     side.time(0, part=part, count=3, untimed=0)
     ours, theirs = [], []
     for number in range(rounds):
         ours.append(min(side.time(CALLS * number + 1, count=CALLS, part=part)))
         time.sleep(PAUSE_S)
-        theirs.append(min(ceiling.milliseconds(kind, row_bytes, distance, count) for _ in range(CALLS)))
+        theirs.append(min(ceiling.milliseconds(kind, row_bytes, prefetch, count) for _ in range(CALLS)))
     return ours, theirs
 
 
@@ -118,7 +124,7 @@ def report_ceiling(rounds: int) -> tuple[list[str], list[Target]]:
     text = [
         "Lookup and update alone, jitted, of batches packed before, beside a native program that reads (lookup), or reads and",
         "writes (SGD), or does so in two arrays at once (Adagrad), as many distinct random rows: on as many threads, from huge",
-        f"pages, with the best of several prefetch distances, in {ARRAY_BYTES / 2**30:g} GiB arrays. Tables are as large, ids",
+        f"pages, with the best of several ways to prefetch, in {ARRAY_BYTES / 2**30:g} GiB arrays. Tables are as large, ids",
         f"uniform, {w.batch:,} samples of {w.valency} ids, {BATCHES} batches in rotation. What is counted are distinct rows of a",
         "batch, once each: not the activations that a lookup writes, nor the gradients that an update reads, nor ids. Medians of",
         f"{rounds} rounds in turns, of {CALLS} calls each, the fastest of which counts; GB/s are bytes read from arrays, as many",

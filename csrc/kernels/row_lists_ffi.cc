@@ -8,6 +8,7 @@
 #include "kernels/ffi_common.h"
 #include "kernels/packed_batch.h"
 #include "kernels/partition_scratch.h"
+#include "kernels/prefetch.h"
 #include "kernels/rows.h"
 
 namespace embax {
@@ -216,7 +217,7 @@ ffi::Error RowGradients(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids
 
 // result[i] = array[places[i]], and 0 where there is no such row.
 ffi::Error TakeRows(ffi::ThreadPool threads, ffi::AnyBuffer array, Int32s places, ffi::Result<ffi::AnyBuffer> result) {
-  constexpr int64_t kRowsPerTask = 1024, kAhead = 8, kCacheLine = 64;
+  constexpr int64_t kRowsPerTask = 1024;
   const Columns from = Columns::Of(array), to = Columns::Of(*result);
   const int64_t count = places.element_count(), columns = from.columns;
   if (from.data == nullptr || to.data == nullptr || to.rows != count || to.columns != columns) {
@@ -228,9 +229,8 @@ ffi::Error TakeRows(ffi::ThreadPool threads, ffi::AnyBuffer array, Int32s places
   return RunTasks(threads, (count + kRowsPerTask - 1) / kRowsPerTask, count * row_bytes, [&](int64_t task) {
     const int64_t end = std::min(count, (task + 1) * kRowsPerTask);
     for (int64_t i = task * kRowsPerTask; i < end; ++i) {
-      if (i + kAhead < end && exists(i + kAhead)) {
-        const char* ahead = reinterpret_cast<const char*>(from.data + wanted[i + kAhead] * columns);
-        for (int64_t byte = 0; byte < row_bytes; byte += kCacheLine) __builtin_prefetch(ahead + byte, 0, 3);
+      if (i + kPrefetchAhead < end && exists(i + kPrefetchAhead)) {
+        PrefetchBytes(from.data + wanted[i + kPrefetchAhead] * columns, row_bytes);
       }
       if (exists(i)) {
         std::copy_n(from.data + wanted[i] * columns, columns, to.data + i * columns);

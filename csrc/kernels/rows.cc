@@ -6,19 +6,11 @@
 
 #include "core/format.h"
 #include "kernels/optimizers.h"
+#include "kernels/prefetch.h"
 
 namespace embax {
 namespace EMBAX_ISA {
 namespace {
-
-// How far ahead of its use a row of a table, and what an entry names, is asked for, and the bytes of it: far enough to cover a
-// memory access (about 100 ns, more where its address must be translated) with the work between, which is less for short rows,
-// near enough to stay in the first level cache.
-constexpr int64_t kPrefetchRows = 8;
-constexpr int64_t kPrefetchShortRows = 24;
-constexpr int64_t kPrefetchEntries = 16;
-constexpr int64_t kCacheLine = 64;
-constexpr int64_t kPrefetchBytes = 1024;
 
 // The standard library's templates are kept out of this file: what is not inlined would be merged across the instruction
 // sets by the linker, and run on processors that lack them.
@@ -27,10 +19,7 @@ inline int64_t Clamp(int64_t value, int64_t low, int64_t high) { return value < 
 
 template <int kDim>
 inline void PrefetchRow(const float* row, int64_t dim) {
-  const int64_t bytes = Min(Length<kDim>(dim) * static_cast<int64_t>(sizeof(float)), kPrefetchBytes);
-  const char* p = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(p + i, 0, 3);
-  if (reinterpret_cast<uintptr_t>(p) % kCacheLine) __builtin_prefetch(p + bytes - 1, 0, 3);
+  PrefetchBytes(row, Length<kDim>(dim) * static_cast<int64_t>(sizeof(float)));
 }
 
 inline bool InRange(int32_t index, int64_t size) { return static_cast<uint64_t>(static_cast<int64_t>(index)) < static_cast<uint64_t>(size); }
@@ -57,8 +46,8 @@ void LookupMinibatch(const LookupTask& t, const Entries& entries) {
     const float* table = t.table + partition * t.partition_stride * dim;
     const int64_t end = PartitionEnd(entries, partition, begin);
     for (int64_t e = begin; e < end; ++e) {
-      if (e + kPrefetchEntries < end && InRange(entries.ids[e + kPrefetchEntries], t.rows_per_partition)) {
-        PrefetchRow<kDim>(table + entries.ids[e + kPrefetchEntries] * dim, dim);
+      if (e + kPrefetchAhead < end && InRange(entries.ids[e + kPrefetchAhead], t.rows_per_partition)) {
+        PrefetchRow<kDim>(table + entries.ids[e + kPrefetchAhead] * dim, dim);
       }
       const int32_t id = entries.ids[e], sample = entries.samples[e];
       if (!InRange(id, t.rows_per_partition) || !InRange(sample, t.num_samples)) continue;
@@ -323,8 +312,8 @@ inline __attribute__((always_inline)) void SumGradients(const GradientTask& t, c
   const int64_t dim = Length<kDim>(t.dim);
   const int64_t begin = order.starts[number], end = order.starts[number + 1];
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kPrefetchEntries < order.num_entries) {
-      PrefetchRow<kDim>(t.gradient + static_cast<int64_t>(order.of(i + kPrefetchEntries) >> 32) * dim, dim);
+    if (i + kPrefetchAhead < order.num_entries) {
+      PrefetchRow<kDim>(t.gradient + static_cast<int64_t>(order.of(i + kPrefetchAhead) >> 32) * dim, dim);
     }
     const uint64_t what = order.of(i);
     const float* __restrict gradient = t.gradient + static_cast<int64_t>(what >> 32) * dim;
@@ -367,13 +356,12 @@ void UpdateRows(const UpdateTask& t) {
   const bool limits = options.min > -HUGE_VALF || options.max < HUGE_VALF;
   const RowOrder order = OrderGradients(t);
   float* const sum = t.scratch.sum;
-  constexpr int64_t kAhead = kDim > 0 && kDim <= 32 ? kPrefetchShortRows : kPrefetchRows;
   for (int64_t number = 0; number < order.num_rows; ++number) {
-    if (number + kAhead < order.num_rows) {
-      const int64_t ahead = order.row(number + kAhead);
+    if (number + kPrefetchAhead < order.num_rows) {
+      const int64_t ahead = order.row(number + kPrefetchAhead);
       for (int k = 0; k <= Rule::kSlots; ++k) {
         if (StateColumns(Rule::kRowWise, k, 0) == 1) {
-          __builtin_prefetch(t.state[k] + ahead, 0, 3);
+          Prefetch(t.state[k] + ahead);
         } else {
           PrefetchRow<kDim>(t.state[k] + ahead * dim, dim);
         }
