@@ -169,6 +169,7 @@ class Fitting:
 
     def __init__(self, packer):
         self.sparsecores = packer.plan.num_sparsecores_per_device
+        self.current = np.zeros((len(packer.plan.stacks), 3), np.int64)
 
     def problem(self, counts):
         return None
@@ -189,6 +190,19 @@ def pack(batch):
 def test_equals_the_reference_bit_for_bit(batch):
     packer, packed = pack(batch)
     assert_same_as_reference(packer, packed, batch.rows, batch.row_weights)
+
+
+@settings(deadline=None, max_examples=200)
+@given(batches(), st.data())
+def test_what_fits_as_expected_is_the_same(batch, data):
+    packer, packed = pack(batch)
+    packer._limits.current = limits_of(packed)
+    for stack in data.draw(st.sets(st.integers(0, len(packer.plan.stacks) - 1)), "too small"):
+        packer._limits.current[stack, 2] //= 2
+        packer._limits.current[stack, 2] -= packer._limits.current[stack, 2] % (8 * packer._limits.sparsecores)
+    again = packer(batch.ids, batch.weights)
+    assert again.layout == packed.layout
+    assert_same_as_reference(packer, again, batch.rows, batch.row_weights)
 
 
 @pytest.mark.parametrize("valency", [1, 20])

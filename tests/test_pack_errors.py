@@ -589,7 +589,7 @@ class TestNativeArguments:
     def test_refuses_arrays_that_do_not_hold_the_batch(self):
         batch = _native.sort_batch(**self.arguments())
 
-        def write(placement=(0, 0, 8), pointers=8, entries=8, devices=1, minibatches=False, **changes):
+        def write(placement=(0, 0, 8), pointers=8, entries=8, minibatches=False, **changes):
             arrays = {
                 "row_pointers": np.zeros(pointers, np.int32),
                 "ids": np.zeros(entries, np.int32),
@@ -597,8 +597,7 @@ class TestNativeArguments:
                 "gains": np.zeros(entries, np.float32),
             }
             arrays |= changes
-            options = {"num_local_devices": devices, "minibatches": minibatches, "threads": 1}
-            _native.write_batch(batch, np.array([placement]), **arrays, **options)
+            _native.write_batch(batch, np.array([placement]), **arrays, minibatches=minibatches, threads=1)
 
         write()
         write(minibatches=True, pointers=8)  # Of one minibatch.
@@ -612,8 +611,6 @@ class TestNativeArguments:
             {"placement": (2**62, 0, 8)},
             {"pointers": 7},
             {"entries": 7},
-            {"devices": 0},
-            {"devices": 2},
             {"minibatches": True, "pointers": 7},
             {"samples": np.zeros(9, np.int32)},
         )

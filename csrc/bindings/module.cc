@@ -1,11 +1,15 @@
 // The Python face of the native code: plain arrays in and out, checked here, with the interpreter lock released meanwhile.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -79,9 +83,36 @@ struct Sorted {
   embax::SortedBatch::Ptr batch;
 };
 
+embax::PackTarget ToTarget(Int64Matrix placements, const Int32Output& row_pointers, const Int32Output& ids,
+                           const Int32Output& samples, const FloatOutput& gains, int64_t num_local_devices) {
+  if (placements.shape(1) != 3) {
+    throw nb::value_error("placements must have 3 columns: row_pointers_start, entries_start, capacity");
+  }
+  if (num_local_devices < 1) throw nb::value_error("num_local_devices must be positive");
+  const size_t devices = static_cast<size_t>(num_local_devices);
+  if (ids.size() != samples.size() || ids.size() != gains.size() || ids.size() % devices != 0 ||
+      row_pointers.size() % devices != 0) {
+    throw nb::value_error("ids, samples and gains must have one size, and all arrays an equal part for each device");
+  }
+  embax::PackTarget target;
+  for (size_t i = 0; i < placements.shape(0); ++i) {
+    target.placements.push_back({placements(i, 0), placements(i, 1), placements(i, 2)});
+  }
+  target.arrays.row_pointers = row_pointers.data();
+  target.arrays.ids = ids.data();
+  target.arrays.samples = samples.data();
+  target.arrays.gains = gains.data();
+  target.arrays.row_pointers_per_device = static_cast<int64_t>(row_pointers.size() / devices);
+  target.arrays.entries_per_device = static_cast<int64_t>(ids.size() / devices);
+  return target;
+}
+
+using Expected = std::tuple<Int64Matrix, Int32Output, Int32Output, Int32Output, FloatOutput>;
+
 nb::object SortBatch(const nb::list& ids, const nb::list& weights, const nb::list& row_splits, Int64Matrix features,
                     Int64Matrix stacks, Int64Vector order, int64_t num_local_devices, int64_t sparsecores_per_device,
-                    int64_t num_sparsecores, int64_t validation, bool count_merged, int64_t threads) {
+                    int64_t num_sparsecores, int64_t validation, bool count_merged, int64_t threads,
+                    const std::optional<Expected>& expected) {
   const size_t num_features = ids.size();
   if (weights.size() != num_features || row_splits.size() != num_features || features.shape(0) != num_features) {
     throw nb::value_error("ids, weights, row_splits and features must have one element a feature");
@@ -149,7 +180,11 @@ nb::object SortBatch(const nb::list& ids, const nb::list& weights, const nb::lis
   }
   Sorted sorted{embax::SortedBatch::New()};
   embax::PackError error;
-  WithoutLock([&] { error = sorted.batch->Sort(request, threads); });
+  embax::PackTarget target;
+  if (expected) {
+    target = std::apply([&](const auto&... arrays) { return ToTarget(arrays..., num_local_devices); }, *expected);
+  }
+  WithoutLock([&] { error = sorted.batch->Sort(request, threads, expected ? &target : nullptr); });
   if (error.fault != embax::PackFault::kNone) {
     return nb::make_tuple(static_cast<int>(error.fault), error.feature, error.sample, error.position, error.value,
                           error.number);
@@ -196,31 +231,11 @@ nb::ndarray<nb::numpy, int64_t, nb::ndim<1>> Drop(Sorted& sorted, Int64Matrix li
 }
 
 void WriteBatch(const Sorted& sorted, Int64Matrix placements, Int32Output row_pointers, Int32Output ids,
-                Int32Output samples, FloatOutput gains, int64_t num_local_devices, bool minibatches, int64_t threads) {
-  if (placements.shape(1) != 3) {
-    throw nb::value_error("placements must have 3 columns: row_pointers_start, entries_start, capacity");
-  }
-  if (num_local_devices != sorted.batch->num_local_devices()) {
-    throw nb::value_error("num_local_devices is not that of the sorted batch");
-  }
-  const size_t devices = static_cast<size_t>(num_local_devices);
-  if (ids.size() != samples.size() || ids.size() != gains.size() || ids.size() % devices != 0 ||
-      row_pointers.size() % devices != 0) {
-    throw nb::value_error("ids, samples and gains must have one size, and all arrays an equal part for each device");
-  }
-  std::vector<embax::PackPlacement> places(placements.shape(0));
-  for (size_t i = 0; i < places.size(); ++i) {
-    places[i] = {placements(i, 0), placements(i, 1), placements(i, 2)};
-  }
-  embax::PackArrays arrays;
-  arrays.row_pointers = row_pointers.data();
-  arrays.ids = ids.data();
-  arrays.samples = samples.data();
-  arrays.gains = gains.data();
-  arrays.row_pointers_per_device = static_cast<int64_t>(row_pointers.size() / devices);
-  arrays.entries_per_device = static_cast<int64_t>(ids.size() / devices);
+                Int32Output samples, FloatOutput gains, bool minibatches, int64_t threads) {
+  const embax::PackTarget target =
+      ToTarget(placements, row_pointers, ids, samples, gains, sorted.batch->num_local_devices());
   bool fits = false;
-  WithoutLock([&] { fits = sorted.batch->Write(places, arrays, ToLayout(minibatches), threads); });
+  WithoutLock([&] { fits = sorted.batch->Write(target, ToLayout(minibatches), threads); });
   if (!fits) throw nb::value_error("the arrays do not hold the batch at these placements");
 }
 
@@ -268,8 +283,9 @@ NB_MODULE(_native, m) {
   m.def("sort_batch", &SortBatch, nb::arg("ids"), nb::arg("weights"), nb::arg("row_splits"),
         nb::arg("features").noconvert(), nb::arg("stacks").noconvert(), nb::arg("order").noconvert(),
         nb::arg("num_local_devices"), nb::arg("sparsecores_per_device"), nb::arg("num_sparsecores"),
-        nb::arg("validation"), nb::arg("count_merged"), nb::arg("threads"),
-        "Reads, checks and sorts ids: a SortedBatch, or the first (fault, feature, sample, position, value, number).");
+        nb::arg("validation"), nb::arg("count_merged"), nb::arg("threads"), nb::arg("expected").noconvert() = nb::none(),
+        "Reads, checks and sorts ids: a SortedBatch, or the first (fault, feature, sample, position, value, number). "
+        "What is `expected` are placements and arrays of write_batch, which has little to do if the batch fits there.");
   m.def("minibatch_boundaries", &MinibatchBoundaries, nb::arg("batch"), nb::arg("limits").noconvert(), nb::arg("threads"),
         "Bits of the boundaries between buckets of ids that keep minibatches within the limits.");
   m.def("form_minibatches", &FormMinibatches, nb::arg("batch"), nb::arg("boundaries"), nb::arg("threads"),
@@ -278,7 +294,7 @@ NB_MODULE(_native, m) {
         "Drops what is beyond the limits; int64[features]: ids that were dropped.");
   m.def("write_batch", &WriteBatch, nb::arg("batch"), nb::arg("placements").noconvert(),
         nb::arg("row_pointers").noconvert(), nb::arg("ids").noconvert(), nb::arg("samples").noconvert(),
-        nb::arg("gains").noconvert(), nb::arg("num_local_devices"), nb::arg("minibatches"), nb::arg("threads"),
+        nb::arg("gains").noconvert(), nb::arg("minibatches"), nb::arg("threads"),
         "Writes a sorted batch into arrays of all stacks, at (row_pointers_start, entries_start, capacity) each.");
   m.def("empty_buffer", &EmptyBuffer, nb::arg("bytes"),
         "uint8[bytes] without values, at a multiple of 64. Its memory is kept for a later call once nothing refers to it.");

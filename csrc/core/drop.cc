@@ -58,6 +58,7 @@ std::vector<int64_t> SortedBatch::Drop(const std::vector<PackLimits>& limits, Pa
     required_[number] = static_cast<int32_t>(end - start);
   }
   dropped_ = true;
+  all_written_.store(false, std::memory_order_relaxed);
   return dropped;
 }
 

@@ -97,6 +97,7 @@ int64_t SortedBatch::FormMinibatches(uint64_t boundaries, int64_t threads) {
              unique_counts.data() + number * size);
   });
   num_minibatches_ = minibatches;
+  all_written_.store(false, std::memory_order_relaxed);
   counts_ = std::move(counts);
   unique_counts_ = std::move(unique_counts);
   Summarize();

@@ -96,6 +96,7 @@ PackError SortedBatch::Prepare(const PackRequest& request) {
   num_minibatches_ = 1;
   count_merged_ = request.count_merged;
   dropped_ = false;
+  all_written_.store(false, std::memory_order_relaxed);
   tasks_.clear();
   stacks_.clear();
   total_bound_ = 0;
@@ -258,12 +259,27 @@ bool SortedBatch::SortTask(const PackRequest& request, Task& task, int64_t numbe
     begin = end;
   }
   scratch.Shrink();
-  return gains != Gains::kEntry || CheckMerged(task, written, request.validation);
+  if (gains == Gains::kEntry && !CheckMerged(task, written, request.validation)) return false;
+  if (all_written_.load(std::memory_order_relaxed)) {
+    int64_t required = 0;
+    for (int64_t partition = 0; partition < num_sparsecores_; ++partition) required += RoundUp(counts[partition]);
+    const int64_t share = written_.placements[task.stack].capacity / sparsecores_per_device_;
+    if (required <= share) {
+      WriteTask(task, number, task.sparsecore * share, PackLayout::kShares, written_);
+    } else {
+      all_written_.store(false, std::memory_order_relaxed);
+    }
+  }
+  return true;
 }
 
-PackError SortedBatch::Sort(const PackRequest& request, int64_t threads) {
+PackError SortedBatch::Sort(const PackRequest& request, int64_t threads, const PackTarget* expected) {
   const PackError error = Prepare(request);
   if (error.fault != PackFault::kNone) return error;
+  if (expected != nullptr && IsSound(*expected, PackLayout::kShares)) {
+    written_ = *expected;
+    all_written_.store(true, std::memory_order_relaxed);
+  }
   std::atomic<bool> failed{false};
   ParallelFor(HelpersFor(threads, total_bound_), static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
     if (failed.load(std::memory_order_relaxed)) return;
@@ -305,8 +321,9 @@ void SortedBatch::Summarize() {
   }
 }
 
-void SortedBatch::WriteTask(const Task& task, int64_t number, int64_t start, PackLayout layout,
-                            const PackPlacement& placement, const PackArrays& arrays) const {
+void SortedBatch::WriteTask(const Task& task, int64_t number, int64_t start, PackLayout layout, const PackTarget& target) const {
+  const PackPlacement& placement = target.placements[task.stack];
+  const PackArrays& arrays = target.arrays;
   const int64_t num_pointers = std::max(num_sparsecores_, kMinRowPointers);
   int32_t* row_pointers = arrays.row_pointers + task.device * arrays.row_pointers_per_device +
                           placement.row_pointers_start + task.sparsecore * num_minibatches_ * num_pointers;
@@ -352,13 +369,13 @@ void SortedBatch::WriteTask(const Task& task, int64_t number, int64_t start, Pac
   }
 }
 
-bool SortedBatch::Write(const std::vector<PackPlacement>& placements, const PackArrays& arrays, PackLayout layout,
-                        int64_t threads) const {
-  if (placements.size() != stacks_.size() || (layout == PackLayout::kShares && num_minibatches_ != 1)) return false;
+bool SortedBatch::IsSound(const PackTarget& target, PackLayout layout) const {
+  const PackArrays& arrays = target.arrays;
+  if (target.placements.size() != stacks_.size() || (layout == PackLayout::kShares && num_minibatches_ != 1)) return false;
   const int64_t segments = sparsecores_per_device_ * num_minibatches_;
   const int64_t num_pointers = segments * std::max(num_sparsecores_, kMinRowPointers);
   int64_t pointers_end = 0, entries_end = 0;
-  for (const PackPlacement& placement : placements) {
+  for (const PackPlacement& placement : target.placements) {
     if (placement.row_pointers_start < pointers_end || placement.entries_start < entries_end || placement.capacity < 0 ||
         (layout == PackLayout::kMinibatches && placement.capacity > INT32_MAX) ||  // Row pointers count them.
         placement.capacity > arrays.entries_per_device - placement.entries_start ||
@@ -368,12 +385,21 @@ bool SortedBatch::Write(const std::vector<PackPlacement>& placements, const Pack
     pointers_end = placement.row_pointers_start + num_pointers;
     entries_end = placement.entries_start + placement.capacity;
   }
+  return true;
+}
+
+bool SortedBatch::Write(const PackTarget& target, PackLayout layout, int64_t threads) const {
+  if (!IsSound(target, layout)) return false;
+  if (layout == PackLayout::kShares && all_written_.load(std::memory_order_relaxed) &&
+      target.arrays == written_.arrays && target.placements == written_.placements) {
+    return true;
+  }
   // Where each task begins in the part of its stack.
   std::vector<int64_t> starts(tasks_.size());
   int64_t end = 0;
   for (size_t number = 0; number < tasks_.size(); ++number) {
     const Task& task = tasks_[number];
-    const int64_t capacity = placements[task.stack].capacity, share = capacity / sparsecores_per_device_;
+    const int64_t capacity = target.placements[task.stack].capacity, share = capacity / sparsecores_per_device_;
     if (layout == PackLayout::kShares) {
       end = task.sparsecore * share;
     } else if (task.sparsecore == 0) {
@@ -385,7 +411,7 @@ bool SortedBatch::Write(const std::vector<PackPlacement>& placements, const Pack
   }
   ParallelFor(HelpersFor(threads, total_bound_), static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
     const int32_t number = order_[i];
-    WriteTask(tasks_[number], number, starts[number], layout, placements[tasks_[number].stack], arrays);
+    WriteTask(tasks_[number], number, starts[number], layout, target);
   });
   return true;
 }

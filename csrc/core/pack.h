@@ -2,11 +2,13 @@
 //
 // Packing runs in phases, so that a caller can look at the counts (and size its buffers) in between without sorting twice:
 // SortedBatch::Sort reads, checks and sorts the ids, SortedBatch::Write lays them out; between the two, the entries may be
-// put into minibatches, and those that are beyond limits dropped. They split their work into one task for each (stack, local
+// put into minibatches, and those that are beyond limits dropped. A caller that expects no change in between says so at once:
+// then what is sorted is laid out while it is in the caches, and Write has nothing left to do. They split their work into one task for each (stack, local
 // device, SparseCore); the result does not depend on the number of threads.
 #ifndef EMBAX_CORE_PACK_H_
 #define EMBAX_CORE_PACK_H_
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -97,6 +99,10 @@ struct PackPlacement {
   int64_t row_pointers_start = 0;
   int64_t entries_start = 0;
   int64_t capacity = 0;  // A multiple of the SparseCores of a device, each of which owns an equal share.
+
+  bool operator==(const PackPlacement& other) const {
+    return row_pointers_start == other.row_pointers_start && entries_start == other.entries_start && capacity == other.capacity;
+  }
 };
 
 // The arrays of all stacks; each device has an equal part of each.
@@ -107,6 +113,17 @@ struct PackArrays {
   float* gains = nullptr;
   int64_t row_pointers_per_device = 0;
   int64_t entries_per_device = 0;
+
+  bool operator==(const PackArrays& other) const {
+    return row_pointers == other.row_pointers && ids == other.ids && samples == other.samples && gains == other.gains &&
+           row_pointers_per_device == other.row_pointers_per_device && entries_per_device == other.entries_per_device;
+  }
+};
+
+// Where all stacks lie in which arrays.
+struct PackTarget {
+  std::vector<PackPlacement> placements;
+  PackArrays arrays;
 };
 
 // Memory without initial values that only ever grows, until Shrink.
@@ -148,8 +165,9 @@ class SortedBatch {
   static Ptr New();
 
   // Reads, checks and sorts the ids with up to `threads` threads. Reports the first fault in the order (feature, sample,
-  // position), whatever the threads did. Throws std::bad_alloc.
-  PackError Sort(const PackRequest& request, int64_t threads);
+  // position), whatever the threads did. Throws std::bad_alloc. Where `expected` is given, entries are written there by
+  // shares as far as they fit: the arrays must live, and nobody else may use them, until Write was called or will not be.
+  PackError Sort(const PackRequest& request, int64_t threads, const PackTarget* expected = nullptr);
 
   // Where the buckets of ids, kBuckets of them, must be parted so that no partition of a minibatch exceeds the limits of its
   // stack, unless by the ids of one bucket: bit i says that buckets i and i + 1 belong to different minibatches. The bits of
@@ -165,9 +183,9 @@ class SortedBatch {
   std::vector<int64_t> Drop(const std::vector<PackLimits>& limits, PackLayout layout);
 
   // Writes the entries. False, with nothing written, if the arrays do not hold them. What lies behind the last partition
-  // of a SparseCore is left as it is. kShares has no room for several minibatches.
-  bool Write(const std::vector<PackPlacement>& placements, const PackArrays& arrays, PackLayout layout,
-             int64_t threads) const;
+  // of a SparseCore is left as it is. kShares has no room for several minibatches. What Sort has written there is not written
+  // again.
+  bool Write(const PackTarget& target, PackLayout layout, int64_t threads) const;
 
   int64_t num_local_devices() const { return num_local_devices_; }
   int64_t num_stacks() const { return static_cast<int64_t>(stacks_.size()); }
@@ -205,12 +223,13 @@ class SortedBatch {
   };
 
   PackError Prepare(const PackRequest& request);
+  // Whether the parts of the target lie in its arrays and do not overlap.
+  bool IsSound(const PackTarget& target, PackLayout layout) const;
   bool CheckMerged(const Task& task, int64_t count, Validation validation);
   bool SortTask(const PackRequest& request, Task& task, int64_t number);
   void FormTask(const Task& task, int64_t number, const uint8_t* minibatch_of, int64_t size, int32_t* counts,
                 int32_t* unique_counts);
-  void WriteTask(const Task& task, int64_t number, int64_t start, PackLayout layout, const PackPlacement& placement,
-                 const PackArrays& arrays) const;
+  void WriteTask(const Task& task, int64_t number, int64_t start, PackLayout layout, const PackTarget& target) const;
   void Summarize();
 
   // Partitions of a task, minibatch by minibatch.
@@ -227,6 +246,8 @@ class SortedBatch {
   int64_t total_bound_ = 0;
   bool count_merged_ = false;
   bool dropped_ = false;
+  PackTarget written_;                 // What Sort has written.
+  std::atomic<bool> all_written_{false};  // All of it, and nothing changed since.
   std::vector<StackShape> stacks_;
   std::vector<Task> tasks_;
   std::vector<int32_t> order_;    // Of the tasks, the largest first.

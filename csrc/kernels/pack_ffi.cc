@@ -140,7 +140,7 @@ ffi::Error Pack(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Result<
   if (error.fault != PackFault::kNone) {
     return Invalid("pack: fault " + std::to_string(static_cast<int>(error.fault)) + " at " + std::to_string(error.value));
   }
-  if (!batch->Write(placements, arrays, PackLayout::kMinibatches, threads)) {
+  if (!batch->Write({placements, arrays}, PackLayout::kMinibatches, threads)) {
     return Invalid("pack: the arrays do not hold the batch");
   }
   // Nothing that a computation returns may depend on what the memory held before.

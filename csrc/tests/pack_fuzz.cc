@@ -365,14 +365,14 @@ void CheckRefusal(const Stage& stage, const SortedBatch& batch, const Packed& pa
     default: return;
   }
   if (!refused) return;
-  EXPECT(!batch.Write(placements, arrays, layout, stage.problem.plan.other_threads));
+  EXPECT(!batch.Write({placements, arrays}, layout, stage.problem.plan.other_threads));
   CheckEqual(packed, LikeIt(stage, packed));
 }
 
 Packed Write(const Stage& stage, const SortedBatch& batch) {
   Packed packed = stage.MakeArrays(batch);
   CheckRefusal(stage, batch, packed);
-  EXPECT(batch.Write(packed.placements, packed.arrays, stage.layout, stage.problem.plan.other_threads));
+  EXPECT(batch.Write({packed.placements, packed.arrays}, stage.layout, stage.problem.plan.other_threads));
   return packed;
 }
 

@@ -153,12 +153,12 @@ Packed Write(const PackRequest& request, const SortedBatch& batch, int64_t threa
   arrays.ids = packed.ids.data();
   arrays.samples = packed.samples.data();
   arrays.gains = packed.gains.data();
-  EXPECT(batch.Write(packed.placements, arrays, embax::PackLayout::kShares, threads));
+  EXPECT(batch.Write({packed.placements, arrays}, embax::PackLayout::kShares, threads));
   for (embax::PackPlacement& placement : packed.placements) {
     if (placement.capacity == 0) continue;
     std::vector<embax::PackPlacement> small = packed.placements;
     small[&placement - packed.placements.data()].capacity -= 1;
-    EXPECT(!batch.Write(small, arrays, embax::PackLayout::kShares, threads));
+    EXPECT(!batch.Write({small, arrays}, embax::PackLayout::kShares, threads));
     break;
   }
   return packed;
@@ -291,7 +291,7 @@ void TestMinibatchesAndDropping() {
     std::vector<float> gains(ids.size());
     const embax::PackArrays arrays = {row_pointers.data(), ids.data(), samples.data(), gains.data(),
                                       pointers * static_cast<int64_t>(limits.size()), entries};
-    EXPECT(batch->Write(placements, arrays, layout, threads));
+    EXPECT(batch->Write({placements, arrays}, layout, threads));
     for (const int32_t pointer : row_pointers) EXPECT(pointer >= 0);
   }
   EXPECT(minibatched > 50 && dropping > 50);
@@ -329,7 +329,7 @@ void TestDroppingIntoAnyCapacity() {
       std::vector<int32_t> pointers(64 * 8), rows(capacity), samples(capacity);
       std::vector<float> gains(capacity);
       const embax::PackArrays arrays = {pointers.data(), rows.data(), samples.data(), gains.data(), 64 * 8, capacity};
-      EXPECT(batch->Write({{0, 0, capacity}}, arrays, layout, 1));
+      EXPECT(batch->Write({{{0, 0, capacity}}, arrays}, layout, 1));
       for (int i = 1; i < 4; ++i) EXPECT(pointers[i] >= pointers[i - 1] && pointers[i] <= capacity);
     }
   }
@@ -345,7 +345,7 @@ void TestOneMinibatchNeedsNoRoomForOthers() {
     std::vector<int32_t> pointers(room), rows(64), samples(64);
     std::vector<float> gains(64);
     const embax::PackArrays arrays = {pointers.data(), rows.data(), samples.data(), gains.data(), room, 64};
-    EXPECT(batch->Write({{0, 0, 64}}, arrays, embax::PackLayout::kMinibatches, 1) == (room >= 8));
+    EXPECT(batch->Write({{{0, 0, 64}}, arrays}, embax::PackLayout::kMinibatches, 1) == (room >= 8));
     EXPECT(pointers[0] == (room >= 8 ? 10 : 0));
   }
 }

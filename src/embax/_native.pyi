@@ -27,6 +27,7 @@ def sort_batch(
     validation: int,
     count_merged: bool,
     threads: int,
+    expected: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> SortedBatch | tuple[int, int, int, int, int, float]: ...
 def minibatch_boundaries(batch: SortedBatch, limits: np.ndarray, threads: int) -> int: ...
 def form_minibatches(batch: SortedBatch, boundaries: int, threads: int) -> int: ...
@@ -38,7 +39,6 @@ def write_batch(
     ids: np.ndarray,
     samples: np.ndarray,
     gains: np.ndarray,
-    num_local_devices: int,
     minibatches: bool,
     threads: int,
 ) -> None: ...

@@ -63,7 +63,7 @@ class Counts(NamedTuple):
 
     def as_stats(self, names: list[str]) -> SparseDenseMatmulInputStats:
         """The counts by the names of the stacks."""
-        return SparseDenseMatmulInputStats(*(dict(zip(names, array, strict=True)) for array in self))
+        return SparseDenseMatmulInputStats.of_arrays(names, self)
 
     def needs(self, sparsecores_per_device: int, minibatched: bool) -> np.ndarray:
         """int64[stacks, 3]: the limits that hold this batch. SparseCores share a buffer equally, or as they need."""

@@ -1,5 +1,6 @@
 """Packs the ids of a batch: on the host, or inside jit."""
 
+import operator
 from typing import Any
 
 import jax
@@ -11,6 +12,11 @@ from embax._specs import FeatureSpec
 
 _MAX_KEPT = 256
 """Packers that are kept for the next batch; then the oldest goes."""
+
+_PARTS_OF_FEATURE = operator.attrgetter("name", "_id_transformation", "input_shape", "output_shape", "table_spec")
+_PARTS_OF_TABLE = operator.attrgetter(
+    "name", "vocabulary_size", "embedding_dim", "_stacked_table_spec", "_setting_in_stack"
+)
 
 _packers: dict[Any, tuple[Packer, list[Any]]] = {}
 
@@ -26,12 +32,8 @@ def _packer_for(specs: Any, **options: Any) -> Packer:
     for leaf in leaves:
         if not isinstance(leaf, FeatureSpec):
             return Packer(specs, **options)  # Says what is wrong.
-        table = leaf.table_spec
-        parts += (
-            *(leaf.name, leaf._id_transformation, leaf.input_shape, leaf.output_shape),
-            *(table, table.name, table.vocabulary_size, table.embedding_dim),
-            *(table._stacked_table_spec, table._setting_in_stack),
-        )
+        parts += _PARTS_OF_FEATURE(leaf)
+        parts += _PARTS_OF_TABLE(leaf.table_spec)
     try:
         # With their types, since 1 equals True.
         key = (treedef, tuple(options.values()), tuple(map(type, options.values())), tuple(map(id, parts)))

@@ -5,7 +5,7 @@ import itertools
 import operator
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,6 +34,9 @@ from embax._stacking.plan import Plan, make_plan, sample_count
 _LIMITS = {"raise": FixedLimits, "grow": GrowingLimits, "drop": DroppingLimits}
 _VALIDATIONS = {"raise": 0, "drop": 1, "trust": 2}
 """The numbers are those of `Validation` in csrc/core/pack.h."""
+
+_ON_HOST = {np.ndarray, type(None)}
+"""Types of ids and weights that JAX never traces."""
 
 _MAX_KEPT = 32
 """Layouts that a packer keeps for the next batch."""
@@ -76,6 +79,20 @@ def _checked_batch_number(batch_number: Any) -> int:
         if not isinstance(batch_number, bool) and 0 <= number < 2**60:
             return number
     raise ValueError(f"batch_number is {batch_number!r}; it must be an integer from 0 to 2**60 - 1, or None.")
+
+
+class _Target(NamedTuple):
+    """Where a batch is written."""
+
+    batch_sizes: tuple[int, ...]
+    """Samples of each feature on a device."""
+    limits: np.ndarray
+    """int64[stacks, 3]."""
+    layout: PackedLayout
+    placements: np.ndarray
+    """int64[stacks, 3]: where the native code finds each stack."""
+    arrays: tuple[np.ndarray, ...] = ()
+    """Row pointers, ids, sample ids and gains, or nothing yet."""
 
 
 class Packer:
@@ -152,7 +169,7 @@ class Packer:
         )
         self._order = np.array([feature.leaf for stack in plan.stacks for feature in stack.features])
         self._names = [stack.name for stack in plan.stacks]
-        self._layouts: dict[Any, tuple[PackedLayout, np.ndarray]] = {}
+        self._targets: dict[Any, _Target] = {}
 
     def __call__(self, ids: Any, weights: Any = None, *, batch_number: int | None = None) -> PreprocessedInput:
         """Packs one batch, also inside jit; arguments, result and errors are those of `embax.preprocess`."""
@@ -178,23 +195,24 @@ class Packer:
             if self.enable_minibatching:
                 Agreement(self._all_reduce, batch_number).fail()
             raise
-        if any(map(is_traced, itertools.chain(*leaves))):
+        # The types tell in most cases, and fast.
+        if not set(map(type, itertools.chain(*leaves))) <= _ON_HOST and any(map(is_traced, itertools.chain(*leaves))):
             return pack_traced(self.plan, self._features, *leaves)
         if not self.enable_minibatching:
-            batch, batch_sizes = self._sort(*leaves, threads)
+            batch, target = self._sort(*leaves, threads)
             counts = Counts.of(batch, len(self._names))
             if problem := self._limits.problem(counts):
                 raise problem
-            return self._finish(batch, batch_sizes, counts, None, self._limits.fit(counts), threads)
+            return self._finish(batch, target, counts, None, self._limits.fit(counts), threads)
         agreement = Agreement(self._all_reduce, batch_number)
         try:
-            batch, batch_sizes = self._sort(*leaves, threads)
+            batch, target = self._sort(*leaves, threads)
         except Exception:
             agreement.fail()
             raise
         counts = Counts.of(batch, len(self._names))
         number, limits = agreement.settle(batch, counts, self._limits, threads)
-        return self._finish(batch, batch_sizes, counts, number, limits, threads)
+        return self._finish(batch, target, counts, number, limits, threads)
 
     def eval_shape(self) -> PreprocessedInput:
         """What `embax.eval_preprocess_shape` returns."""
@@ -206,7 +224,7 @@ class Packer:
                     f"{devices} devices that its table is placed on; make it {-(-batch // devices) * devices}."
                 )
         batch_sizes = tuple([batch // devices for batch in self._spec_batches])
-        layout, _ = self._layout(batch_sizes, self._limits.current)
+        layout = self._target(batch_sizes, self._limits.current).layout
         shapes = [jax.ShapeDtypeStruct(*described) for described in array_shapes(layout)]
         if self.enable_minibatching:
             shapes.append(jax.ShapeDtypeStruct((self.num_local_devices,), np.int32))
@@ -224,11 +242,15 @@ class Packer:
             return of_ids, [None] * len(of_ids)
         return of_ids, flatten_like(self._skeleton, self._treedef, weights, "weights")
 
-    def _sort(self, ids: list[Any], weights: list[Any], threads: int) -> tuple[_native.SortedBatch, tuple[int, ...]]:
-        """The sorted batch, and the samples of each feature on a device."""
+    def _sort(self, ids: list[Any], weights: list[Any], threads: int) -> tuple[_native.SortedBatch, "_Target"]:
+        """The sorted batch, and where it is written if no limit changes; where one cannot be, it is written there already."""
         plan = self.plan
         leaves = list(map(read_feature, self._features, ids, weights))
-        batch_sizes = self._batch_sizes(leaves)
+        target = self._target(self._batch_sizes(leaves), self._limits.current)
+        expected = None
+        if not self.enable_minibatching and self.limits != "drop":
+            target = target._replace(arrays=empty_arrays(target.layout))
+            expected = (target.placements, *target.arrays)
         batch = _native.sort_batch(
             [leaf.ids for leaf in leaves],
             [leaf.weights for leaf in leaves],
@@ -242,15 +264,16 @@ class Packer:
             _VALIDATIONS[self.validation],
             self.limits == "drop",
             threads,
+            expected,
         )
         if isinstance(batch, tuple):
             raise fault_error(plan, leaves, Fault(*batch))
-        return batch, batch_sizes
+        return batch, target
 
     def _finish(
         self,
         batch: _native.SortedBatch,
-        batch_sizes: tuple[int, ...],
+        target: "_Target",
         counts: Counts,
         num_minibatches: int | None,
         limits: np.ndarray,
@@ -260,7 +283,7 @@ class Packer:
 
         Args:
             batch: sorted, and in minibatches if there are any.
-            batch_sizes: samples of each feature on a device.
+            target: where it was expected to be written.
             counts: of the batch as it was given.
             num_minibatches: None without minibatching.
             limits: int64[stacks, 3].
@@ -273,14 +296,16 @@ class Packer:
         if self.validation == "drop":
             names = (feature.name for feature in self._features)
             stats.invalid_ids.update(zip(names, batch.invalid.tolist(), strict=True))
-        layout, placements = self._layout(batch_sizes, limits)
-        arrays = empty_arrays(layout)
-        _native.write_batch(batch, placements, *arrays, num_devices, minibatched, threads)
+        if limits is not target.limits:
+            now = self._target(target.batch_sizes, limits)
+            target = target if now.layout is target.layout else now
+        arrays = target.arrays or empty_arrays(target.layout)
+        _native.write_batch(batch, target.placements, *arrays, minibatched, threads)
         if minibatched:
             arrays = (*arrays, np.full(num_devices, num_minibatches, np.int32))
         if self.has_leading_dimension:
-            arrays = [array.reshape(num_devices, -1) for array in arrays]
-        return PreprocessedInput(*arrays[:4], layout, *arrays[4:], stats=stats)
+            arrays = tuple([array.reshape(num_devices, -1) for array in arrays])
+        return PreprocessedInput(*arrays[:4], target.layout, *arrays[4:], stats=stats)
 
     def _count_dropped(self, stats: SparseDenseMatmulInputStats, dropped: np.ndarray) -> None:
         for stack in self.plan.stacks:
@@ -302,18 +327,18 @@ class Packer:
                 )
         return tuple([leaf.batch // num_devices for leaf in leaves])
 
-    def _layout(self, batch_sizes: tuple[int, ...], limits: np.ndarray) -> tuple[PackedLayout, np.ndarray]:
-        """The layout, and where the native code finds each stack. The same objects for the same sizes."""
+    def _target(self, batch_sizes: tuple[int, ...], limits: np.ndarray) -> "_Target":
+        """Where batches of these sizes are written, without arrays. The same layout for the same sizes and limits."""
         key = (batch_sizes, limits.tobytes())
-        known = self._layouts.get(key)
+        known = self._targets.get(key)
         if known is None:
             max_minibatches = MAX_MINIBATCHES if self.enable_minibatching else 0
             layout = make_layout(self.plan, batch_sizes, limits, self.num_local_devices, max_minibatches)
             _check_capacities(layout)
             placements = np.array([(s.row_pointers_start, s.entries_start, s.capacity) for s in layout.stacks])
-            if len(self._layouts) >= _MAX_KEPT:
-                self._layouts = {}
-            known = self._layouts.setdefault(key, (layout, placements))
+            if len(self._targets) >= _MAX_KEPT:
+                self._targets = {}
+            known = self._targets.setdefault(key, _Target(batch_sizes, limits, layout, placements))
         return known
 
 

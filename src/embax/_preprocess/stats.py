@@ -1,6 +1,7 @@
 """What packing counts on the host."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,25 @@ class SparseDenseMatmulInputStats:
     id_drop_counters: dict[str, int] = dataclasses.field(default_factory=dict, metadata={"suffix": "_id_drop_counters"})
     dropped_ids: dict[str, int] = dataclasses.field(default_factory=dict)
     invalid_ids: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of_arrays(cls, stacks: list[str], arrays: Sequence[np.ndarray]) -> "SparseDenseMatmulInputStats":
+        """From arrays of the first three fields, a row a stack. The mappings are made when first asked for.
+
+        Args:
+            stacks: the names of the stacks.
+            arrays: int32[stacks, ..] of each field, in their order.
+        """
+        stats = cls.__new__(cls)
+        stats.__dict__.update(_stacks=stacks, _arrays=arrays, id_drop_counters={}, dropped_ids={}, invalid_ids={})
+        return stats
+
+    def __getattr__(self, name: str) -> Any:
+        fields = ("max_ids_per_partition", "max_unique_ids_per_partition", "required_buffer_size_per_sc")
+        if name not in fields or "_arrays" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        rows = self.__dict__["_arrays"][fields.index(name)]
+        return self.__dict__.setdefault(name, dict(zip(self.__dict__["_stacks"], rows, strict=True)))
 
     @classmethod
     def from_cc(cls, stats: Any) -> "SparseDenseMatmulInputStats":
