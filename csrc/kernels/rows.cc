@@ -18,7 +18,7 @@ inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t Clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : Min(value, high); }
 
 template <int kDim>
-inline void PrefetchRow(const float* row, int64_t dim) {
+inline __attribute__((always_inline)) void PrefetchRow(const float* row, int64_t dim) {
   PrefetchBytes(row, Length<kDim>(dim) * static_cast<int64_t>(sizeof(float)));
 }
 
@@ -45,10 +45,12 @@ void LookupMinibatch(const LookupTask& t, const Entries& entries) {
   for (int64_t partition = 0, begin = entries.begin; partition < t.num_partitions; ++partition) {
     const float* table = t.table + partition * t.partition_stride * dim;
     const int64_t end = PartitionEnd(entries, partition, begin);
+    const auto prefetch = [&](int64_t e) __attribute__((always_inline)) {
+      if (e < end && InRange(entries.ids[e], t.rows_per_partition)) PrefetchRow<kDim>(table + entries.ids[e] * dim, dim);
+    };
+    for (int64_t e = begin; e < begin + kPrefetchAhead; ++e) prefetch(e);
     for (int64_t e = begin; e < end; ++e) {
-      if (e + kPrefetchAhead < end && InRange(entries.ids[e + kPrefetchAhead], t.rows_per_partition)) {
-        PrefetchRow<kDim>(table + entries.ids[e + kPrefetchAhead] * dim, dim);
-      }
+      prefetch(e + kPrefetchAhead);
       const int32_t id = entries.ids[e], sample = entries.samples[e];
       if (!InRange(id, t.rows_per_partition) || !InRange(sample, t.num_samples)) continue;
       const float* __restrict row = table + id * dim;
@@ -305,6 +307,18 @@ inline RowOrder OrderGradients(const GradientTask& t) {
   });
 }
 
+// Asks for the gradient that the i-th entry names, if there is one.
+template <int kDim>
+inline __attribute__((always_inline)) void PrefetchGradient(const GradientTask& t, const RowOrder& order, int64_t i) {
+  const int64_t dim = Length<kDim>(t.dim);
+  if (i < order.num_entries) PrefetchRow<kDim>(t.gradient + static_cast<int64_t>(order.of(i) >> 32) * dim, dim);
+}
+
+template <int kDim>
+inline __attribute__((always_inline)) void PrefetchFirstGradients(const GradientTask& t, const RowOrder& order) {
+  for (int64_t i = 0; i < kPrefetchAhead; ++i) PrefetchGradient<kDim>(t, order, i);
+}
+
 // Adds up the gradient of a row.
 template <int kDim>
 inline __attribute__((always_inline)) void SumGradients(const GradientTask& t, const RowOrder& order, int64_t number,
@@ -312,9 +326,7 @@ inline __attribute__((always_inline)) void SumGradients(const GradientTask& t, c
   const int64_t dim = Length<kDim>(t.dim);
   const int64_t begin = order.starts[number], end = order.starts[number + 1];
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kPrefetchAhead < order.num_entries) {
-      PrefetchRow<kDim>(t.gradient + static_cast<int64_t>(order.of(i + kPrefetchAhead) >> 32) * dim, dim);
-    }
+    PrefetchGradient<kDim>(t, order, i + kPrefetchAhead);
     const uint64_t what = order.of(i);
     const float* __restrict gradient = t.gradient + static_cast<int64_t>(what >> 32) * dim;
     const uint32_t bits = static_cast<uint32_t>(what);
@@ -334,6 +346,7 @@ template <int kDim>
 int64_t SumRows(const SumTask& t) {
   const int64_t dim = Length<kDim>(t.dim);
   const RowOrder order = OrderGradients(t);
+  PrefetchFirstGradients<kDim>(t, order);
   int64_t count = 0;
   int32_t last = -1;
   for (int64_t number = 0; number < order.num_rows && count < t.max_rows; ++number) {
@@ -356,17 +369,21 @@ void UpdateRows(const UpdateTask& t) {
   const bool limits = options.min > -HUGE_VALF || options.max < HUGE_VALF;
   const RowOrder order = OrderGradients(t);
   float* const sum = t.scratch.sum;
-  for (int64_t number = 0; number < order.num_rows; ++number) {
-    if (number + kPrefetchAhead < order.num_rows) {
-      const int64_t ahead = order.row(number + kPrefetchAhead);
-      for (int k = 0; k <= Rule::kSlots; ++k) {
-        if (StateColumns(Rule::kRowWise, k, 0) == 1) {
-          Prefetch(t.state[k] + ahead);
-        } else {
-          PrefetchRow<kDim>(t.state[k] + ahead * dim, dim);
-        }
+  const auto prefetch = [&](int64_t number) __attribute__((always_inline)) {
+    if (number >= order.num_rows) return;
+    const int64_t row = order.row(number);
+    for (int k = 0; k <= Rule::kSlots; ++k) {
+      if (StateColumns(Rule::kRowWise, k, 0) == 1) {
+        Prefetch(t.state[k] + row);
+      } else {
+        PrefetchRow<kDim>(t.state[k] + row * dim, dim);
       }
     }
+  };
+  for (int64_t number = 0; number < kPrefetchAhead; ++number) prefetch(number);
+  PrefetchFirstGradients<kDim>(t, order);
+  for (int64_t number = 0; number < order.num_rows; ++number) {
+    prefetch(number + kPrefetchAhead);
     SumGradients<kDim>(t, order, number, sum);
     const int64_t row = order.row(number);
     float* rows[1 + kMaxSlots];
