@@ -175,7 +175,7 @@ class Fitting:
         return None
 
     def fit(self, counts):
-        return counts.needs(self.sparsecores, False) + np.array([0, 1, 8 * self.sparsecores])
+        return counts.needs + np.array([0, 1, 8 * self.sparsecores])
 
 
 def pack(batch):

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -210,6 +211,20 @@ embax::PackLayout ToLayout(bool minibatches) {
   return minibatches ? embax::PackLayout::kMinibatches : embax::PackLayout::kShares;
 }
 
+using Int64Rows = nb::ndarray<nb::numpy, int64_t, nb::ndim<2>>;
+
+Int64Rows Needs(const embax::SortedBatch& batch, bool minibatches) {
+  const std::vector<embax::PackLimits> needs = batch.Needs(ToLayout(minibatches));
+  auto* rows = new int64_t[std::max<size_t>(3 * needs.size(), 1)];
+  nb::capsule owner(rows, [](void* data) noexcept { delete[] static_cast<int64_t*>(data); });
+  for (size_t i = 0; i < needs.size(); ++i) {
+    rows[3 * i] = needs[i].max_ids;
+    rows[3 * i + 1] = needs[i].max_unique_ids;
+    rows[3 * i + 2] = needs[i].capacity;
+  }
+  return Int64Rows(rows, {needs.size(), 3}, owner);
+}
+
 uint64_t MinibatchBoundaries(const Sorted& sorted, Int64Matrix limits, int64_t threads) {
   const std::vector<embax::PackLimits> of_stacks = ToLimits(sorted, limits);
   uint64_t boundaries = 0;
@@ -239,11 +254,22 @@ void WriteBatch(const Sorted& sorted, Int64Matrix placements, Int32Output row_po
   if (!fits) throw nb::value_error("the arrays do not hold the batch at these placements");
 }
 
-nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> EmptyBuffer(int64_t bytes) {
-  if (bytes < 0) throw nb::value_error("bytes must not be negative");
-  void* data = embax::TakeBuffer(bytes);
+// Row pointers, ids, samples and gains, one behind the other, each at a multiple of 64.
+nb::tuple EmptyArrays(int64_t row_pointers, int64_t entries) {
+  constexpr int64_t kMost = INT64_MAX / 64;
+  if (row_pointers < 0 || entries < 0) throw nb::value_error("sizes must not be negative");
+  if (row_pointers > kMost || entries > kMost) throw std::bad_alloc();
+  constexpr int64_t kAlignment = 64 / sizeof(int32_t);
+  const auto rounded_up = [](int64_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; };
+  const int64_t stride = rounded_up(entries), first = rounded_up(row_pointers);
+  auto* data = static_cast<int32_t*>(embax::TakeBuffer(sizeof(int32_t) * (first + 3 * stride)));
   nb::capsule owner(data, [](void* buffer) noexcept { embax::GiveBuffer(buffer); });
-  return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(data, {static_cast<size_t>(bytes)}, owner);
+  using Int32s = nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>;
+  using Floats = nb::ndarray<nb::numpy, float, nb::ndim<1>>;
+  const size_t size = static_cast<size_t>(entries);
+  auto* gains = reinterpret_cast<float*>(data + first + 2 * stride);
+  return nb::make_tuple(Int32s(data, {static_cast<size_t>(row_pointers)}, owner), Int32s(data + first, {size}, owner),
+                        Int32s(data + first + stride, {size}, owner), Floats(gains, {size}, owner));
 }
 
 nb::dict FfiHandlers() {
@@ -276,6 +302,8 @@ NB_MODULE(_native, m) {
                    "int32[stacks * local devices * N]: most entries that one SparseCore of the device sends to each.")
       .def_prop_ro("max_unique_ids", [](const Sorted& s) { return ToNumpy(s.batch->max_unique_ids()); }, nb::rv_policy::automatic,
                    "int32, like `max_ids`: most distinct ids.")
+      .def("needs", [](const Sorted& s, bool minibatches) { return Needs(*s.batch, minibatches); }, nb::arg("minibatches"),
+           "int64[stacks, 3]: the limits that hold the batch, see ToLimits.")
       .def_prop_ro("required", [](const Sorted& s) { return ToNumpy(s.batch->required()); }, nb::rv_policy::automatic,
                    "int32[stacks * local devices * S]: entries that each local SparseCore needs.")
       .def_prop_ro("invalid", [](const Sorted& s) { return ToNumpy(s.batch->invalid()); }, nb::rv_policy::automatic,
@@ -296,8 +324,9 @@ NB_MODULE(_native, m) {
         nb::arg("row_pointers").noconvert(), nb::arg("ids").noconvert(), nb::arg("samples").noconvert(),
         nb::arg("gains").noconvert(), nb::arg("minibatches"), nb::arg("threads"),
         "Writes a sorted batch into arrays of all stacks, at (row_pointers_start, entries_start, capacity) each.");
-  m.def("empty_buffer", &EmptyBuffer, nb::arg("bytes"),
-        "uint8[bytes] without values, at a multiple of 64. Its memory is kept for a later call once nothing refers to it.");
+  m.def("empty_arrays", &EmptyArrays, nb::arg("row_pointers"), nb::arg("entries"),
+        "int32[row_pointers], int32[entries] twice and float32[entries], without values, each at a multiple of 64. Their memory "
+        "is kept for a later call once nothing refers to it.");
   m.def("ffi_handlers", &FfiHandlers, "Capsules of the XLA FFI handlers by target name.");
   m.def("row_rules", &RowRules, "(number, a bool a slot, hyperparameters) of each optimizer's row rule, by name.");
   m.def("simd", [] { return embax::SelectRowKernels().isa; }, "Instruction set of the row kernels that were chosen.");

@@ -321,6 +321,28 @@ void SortedBatch::Summarize() {
   }
 }
 
+std::vector<PackLimits> SortedBatch::Needs(PackLayout layout) const {
+  const auto largest = [](const std::vector<int32_t>& values, int64_t begin, int64_t count) {
+    return count > 0 ? int64_t{*std::max_element(values.begin() + begin, values.begin() + begin + count)} : 0;
+  };
+  const int64_t partitions = num_local_devices_ * num_sparsecores_, tasks = num_local_devices_ * sparsecores_per_device_;
+  std::vector<PackLimits> needs(stacks_.size());
+  for (int64_t stack = 0; stack < num_stacks(); ++stack) {
+    PackLimits& need = needs[stack];
+    need.max_ids = largest(max_ids_, stack * partitions, partitions);
+    need.max_unique_ids = largest(max_unique_ids_, stack * partitions, partitions);
+    if (layout == PackLayout::kShares) {
+      need.capacity = largest(required_, stack * tasks, tasks) * sparsecores_per_device_;
+      continue;
+    }
+    for (int64_t device = 0; device < num_local_devices_; ++device) {
+      const auto begin = required_.begin() + stack * tasks + device * sparsecores_per_device_;
+      need.capacity = std::max(need.capacity, std::accumulate(begin, begin + sparsecores_per_device_, int64_t{0}));
+    }
+  }
+  return needs;
+}
+
 void SortedBatch::WriteTask(const Task& task, int64_t number, int64_t start, PackLayout layout, const PackTarget& target) const {
   const PackPlacement& placement = target.placements[task.stack];
   const PackArrays& arrays = target.arrays;

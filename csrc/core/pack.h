@@ -196,6 +196,8 @@ class SortedBatch {
   const std::vector<int32_t>& max_unique_ids() const { return max_unique_ids_; }
   // For each stack, local device and SparseCore of it, the entries that it needs, partitions rounded up.
   const std::vector<int32_t>& required() const { return required_; }
+  // Limits that hold the batch as it is.
+  std::vector<PackLimits> Needs(PackLayout layout) const;
   // For each feature, the ids that Validation::kDrop left out.
   const std::vector<int64_t>& invalid() const { return invalid_; }
 

@@ -1,6 +1,7 @@
 """What a user says about tables and features, and where stacking put them. No JAX operation runs here."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +90,20 @@ class TableSettingInStack:
     padded_embedding_dim: int
     row_offset_in_shard: int = 0
     shard_rotation: int = 0
+
+
+_changes = itertools.count(1)
+_last_change = 0
+
+
+def _note_change() -> None:
+    global _last_change
+    _last_change = next(_changes)
+
+
+def last_change() -> int:
+    """A number that is another one after a field of any table's or feature's spec was set."""
+    return _last_change
 
 
 def refuse_after_placement(spec: Any, placed: bool, field: str, value: Any) -> None:
@@ -208,6 +223,7 @@ class TableSpec:
     def __setattr__(self, field: str, value: Any) -> None:
         refuse_after_placement(self, self.__dict__.get("_stacked_table_spec") is not None, field, value)
         super().__setattr__(field, value)
+        _note_change()
 
     @property
     def setting_in_stack(self) -> TableSettingInStack:
@@ -281,6 +297,7 @@ class FeatureSpec:
     def __setattr__(self, field: str, value: Any) -> None:
         refuse_after_placement(self, self.__dict__.get("_id_transformation") is not None, field, value)
         super().__setattr__(field, value)
+        _note_change()
 
     @property
     def id_transformation(self) -> FeatureIdTransformation:

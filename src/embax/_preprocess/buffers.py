@@ -21,10 +21,6 @@ PARTITION_ALIGNMENT = 8
 MAX_MINIBATCHES = 64
 """Minibatches that a batch can be divided into: as many as there are buckets of ids."""
 
-BUFFER_ALIGNMENT = 64
-"""Bytes; XLA takes NumPy arrays without a copy on CPU exactly when their addresses are multiples of this."""
-
-
 def row_pointers_per_segment(num_sparsecores: int) -> int:
     """Row pointers of one SparseCore (of one minibatch on it) when there are `num_sparsecores` in all."""
     return max(num_sparsecores, 8)
@@ -125,13 +121,13 @@ class PackedLayout:
         """SparseCores of all devices."""
         return self.num_devices * self.num_sparsecores_per_device
 
-    @property
+    @functools.cached_property
     def row_pointers_per_device(self) -> int:
         """Row pointers of one device, all stacks together."""
         per_stack = row_pointers_per_device(self.num_sparsecores_per_device, self.num_sparsecores, self.max_minibatches)
         return len(self.stacks) * per_stack
 
-    @property
+    @functools.cached_property
     def entries_per_device(self) -> int:
         """Entries of one device, all stacks together."""
         return sum(stack.capacity for stack in self.stacks)
@@ -190,14 +186,8 @@ def empty_arrays(layout: PackedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
     Arrays with such addresses go into a jitted function on CPU without a copy. They lie in one allocation.
     """
-    sizes = [(shape[0], dtype) for shape, dtype in array_shapes(layout)]
-    strides = [next_multiple(4 * size, BUFFER_ALIGNMENT) for size, _ in sizes]
-    memory, start = _native.empty_buffer(sum(strides)), 0
-    arrays = []
-    for (size, dtype), stride in zip(sizes, strides, strict=True):
-        arrays.append(np.frombuffer(memory, dtype, size, start))
-        start += stride
-    return tuple(arrays)
+    devices = layout.num_local_devices
+    return _native.empty_arrays(devices * layout.row_pointers_per_device, devices * layout.entries_per_device)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -50,29 +50,26 @@ class LimitExceededError(ValueError):
 
 
 class Counts(NamedTuple):
-    """What packing counts, of all stacks: the arrays of `SparseDenseMatmulInputStats`, a row a stack."""
+    """What packing counts of a batch as it is now: before minibatches are formed, or of these.
+
+    The first three are the arrays of `SparseDenseMatmulInputStats`, a row a stack.
+    """
 
     max_ids: np.ndarray
     max_unique_ids: np.ndarray
     required: np.ndarray
+    needs: np.ndarray
+    """int64[stacks, 3]: the limits that hold it. SparseCores share a buffer equally, or with minibatches as they need."""
 
     @classmethod
-    def of(cls, batch: _native.SortedBatch, num_stacks: int) -> "Counts":
-        """The counts of a sorted batch as it is now: before minibatches are formed, or of these."""
-        return cls(*(a.reshape(num_stacks, -1) for a in (batch.max_ids, batch.max_unique_ids, batch.required)))
+    def of(cls, batch: _native.SortedBatch, num_stacks: int, minibatched: bool) -> "Counts":
+        """The counts of a sorted batch."""
+        arrays = (a.reshape(num_stacks, -1) for a in (batch.max_ids, batch.max_unique_ids, batch.required))
+        return cls(*arrays, batch.needs(minibatched))
 
     def as_stats(self, names: list[str]) -> SparseDenseMatmulInputStats:
         """The counts by the names of the stacks."""
-        return SparseDenseMatmulInputStats.of_arrays(names, self)
-
-    def needs(self, sparsecores_per_device: int, minibatched: bool) -> np.ndarray:
-        """int64[stacks, 3]: the limits that hold this batch. SparseCores share a buffer equally, or as they need."""
-        if minibatched:
-            of_devices = self.required.reshape(len(self.required), -1, sparsecores_per_device)
-            entries = of_devices.sum(axis=2, dtype=np.int64).max(axis=1)
-        else:
-            entries = self.required.max(axis=1).astype(np.int64) * sparsecores_per_device
-        return np.stack([self.max_ids.max(axis=1), self.max_unique_ids.max(axis=1), entries], axis=1).astype(np.int64)
+        return SparseDenseMatmulInputStats.of_arrays(names, self[:3])
 
 
 def spec_limits(plan: Plan, minibatched: bool) -> np.ndarray:
@@ -115,7 +112,7 @@ class FixedLimits:
 
     def problem(self, counts: Counts) -> LimitExceededError | None:
         """The first limit that the batch is beyond."""
-        needs = counts.needs(self._plan.num_sparsecores_per_device, self._minibatched)
+        needs = counts.needs
         beyond = needs > self.current
         if not beyond.any():
             return None
@@ -189,7 +186,6 @@ class GrowingLimits:
 
     def __init__(self, plan: Plan, minibatched: bool):
         self._plan = plan
-        self._minibatched = minibatched
         self._of_specs = spec_limits(plan, minibatched)
         limits = self._of_specs.copy()
         if not minibatched:
@@ -208,10 +204,9 @@ class GrowingLimits:
 
     def fit(self, counts: Counts) -> np.ndarray:
         """The limits to pack a batch with: enough for it and for all before it."""
-        needs = counts.needs(self._plan.num_sparsecores_per_device, self._minibatched)
         with _growth_lock:
             before = self.current
-            self._needs = np.maximum(self._needs, needs)
+            self._needs = np.maximum(self._needs, counts.needs)
             if (self._needs > before).any():
                 near = (self._needs + self._needs // 8 > before).any(axis=1, keepdims=True)
                 self.current = np.where(near, np.maximum(before, self._with_headroom()), before)

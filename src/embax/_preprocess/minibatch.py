@@ -76,7 +76,7 @@ class Agreement:
             return 1, limits.fit(counts)
         boundaries = self._reduce(1, _native.minibatch_boundaries(batch, current, threads))
         number = _native.form_minibatches(batch, boundaries, threads)
-        counts = Counts.of(batch, len(current))
+        counts = Counts.of(batch, len(current), minibatched=True)
         problem = limits.problem(counts)
         if self._reduce(2, _FAILED if problem else 0):
             raise problem or self._other_host()

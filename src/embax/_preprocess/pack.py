@@ -8,7 +8,7 @@ import jax
 from embax._preprocess.all_reduce import AllReduceInterface, DistributedAllReduce
 from embax._preprocess.buffers import PreprocessedInput
 from embax._preprocess.packer import Packer
-from embax._specs import FeatureSpec
+from embax._specs import FeatureSpec, last_change
 
 _MAX_KEPT = 256
 """Packers that are kept for the next batch; then the oldest goes."""
@@ -19,32 +19,45 @@ _PARTS_OF_TABLE = operator.attrgetter(
 )
 
 _packers: dict[Any, tuple[Packer, list[Any]]] = {}
+"""By what packing depends on, and what keeps it alive."""
+
+_latest: dict[Any, tuple[int, Packer, list[Any]]] = {}
+"""By the specs themselves: the last change of any spec before, their packer then, and what keeps them alive."""
+
+
+def _keep(known: dict[Any, Any], key: Any, value: Any) -> Any:
+    while len(known) >= _MAX_KEPT:
+        known.pop(next(iter(known), None), None)
+    return known.setdefault(key, value)
 
 
 def _packer_for(specs: Any, **options: Any) -> Packer:
     """A packer for the specs as they are now, kept from an earlier call if nothing about them has changed.
 
     What packing depends on is immutable (placements, names, sizes), so that the identities of these objects tell
-    cheaply whether it changed. The objects are kept alive with the packer, so that no other can get their identity.
+    cheaply whether it changed; and where no spec has changed at all, those of the specs do. The objects are kept alive with
+    the packer, so that no other can get their identity.
     """
     leaves, treedef = jax.tree.flatten(specs)
+    # With their types, since 1 equals True.
+    rest = (treedef, tuple(options.values()), tuple(map(type, options.values())))
+    change, specs_key = last_change(), (*rest, *map(id, leaves))
+    try:
+        latest = _latest.get(specs_key)
+    except TypeError:  # An option that is no hash is not valid either.
+        return Packer(specs, **options)
+    if latest is not None and latest[0] == change:
+        return latest[1]
     parts: list[Any] = []
     for leaf in leaves:
         if not isinstance(leaf, FeatureSpec):
             return Packer(specs, **options)  # Says what is wrong.
         parts += _PARTS_OF_FEATURE(leaf)
         parts += _PARTS_OF_TABLE(leaf.table_spec)
-    try:
-        # With their types, since 1 equals True.
-        key = (treedef, tuple(options.values()), tuple(map(type, options.values())), tuple(map(id, parts)))
-        known = _packers.get(key)
-    except TypeError:  # An option that is no hash is not valid either.
-        return Packer(specs, **options)
-    if known is None:
-        while len(_packers) >= _MAX_KEPT:
-            _packers.pop(next(iter(_packers), None), None)
-        packer = Packer(specs, **options)
-        known = _packers.setdefault(key, (packer, parts))
+    key = (*rest, *map(id, parts))
+    known = _packers.get(key) or _keep(_packers, key, (Packer(specs, **options), parts))
+    _latest.pop(specs_key, None)
+    _keep(_latest, specs_key, (change, known[0], leaves))
     return known[0]
 
 

@@ -200,7 +200,7 @@ class Packer:
             return pack_traced(self.plan, self._features, *leaves)
         if not self.enable_minibatching:
             batch, target = self._sort(*leaves, threads)
-            counts = Counts.of(batch, len(self._names))
+            counts = Counts.of(batch, len(self._names), minibatched=False)
             if problem := self._limits.problem(counts):
                 raise problem
             return self._finish(batch, target, counts, None, self._limits.fit(counts), threads)
@@ -210,7 +210,7 @@ class Packer:
         except Exception:
             agreement.fail()
             raise
-        counts = Counts.of(batch, len(self._names))
+        counts = Counts.of(batch, len(self._names), minibatched=True)
         number, limits = agreement.settle(batch, counts, self._limits, threads)
         return self._finish(batch, target, counts, number, limits, threads)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from embax._preprocess.buffers import PADDING_VALUE, PARTITION_ALIGNMENT, PreprocessedInput, make_layout
-from embax._preprocess.limits import Counts
+from embax._preprocess.stats import SparseDenseMatmulInputStats
 from embax._stacking.plan import FeaturePlan, Plan, StackPlan
 
 Rows = Sequence[Sequence[int]]
@@ -136,8 +136,8 @@ def pack_reference(
             pointers[device, pointer + N : pointer + max(N, 8)] = end
             written[device, first : first + end] = True
             assert end <= place.capacity // S
-    counts = Counts(*(array.reshape(len(plan.stacks), -1) for array in (max_ids, max_unique, required)))
-    stats = counts.as_stats([stack.name for stack in plan.stacks])
+    counts = [array.reshape(len(plan.stacks), -1) for array in (max_ids, max_unique, required)]
+    stats = SparseDenseMatmulInputStats.of_arrays([stack.name for stack in plan.stacks], counts)
     if drop:
         stats.id_drop_counters.update(dropped_of_stacks)
         stats.dropped_ids.update(dropped)
