@@ -25,7 +25,7 @@ TURNS = f"turns of up to {STEPS_OF_A_TURN} steps in a row, whose median counts"
 TURN_MS = 500.0
 """A turn takes about so long at most, unless a single step takes longer."""
 STEPS_OF_A_PROCESS = 8
-ENOUGH_S = 20.0
+ENOUGH_S = 25.0
 """A comparison ends after so long, with `FEWEST_ROUNDS` at least."""
 FEWEST_ROUNDS = 5
 FEWEST_PROCESSES = 2

@@ -454,6 +454,18 @@ void DropAndCheck(Stage& stage, SortedBatch& batch) {
   stage.limits = nullptr;
 }
 
+// Sorted again, with arrays that it is expected to fit into, as it does, or but for one stack.
+void SortAndCheckAsExpected(Stage& stage, SortedBatch& batch) {
+  if (stage.layout != PackLayout::kShares) return;
+  Packed packed = stage.MakeArrays(batch);
+  const PackTarget target = {packed.placements, packed.arrays};
+  PackTarget expected = target;
+  if (stage.num_stacks > 0 && stage.problem.plan.refusal % 2 == 1) expected.placements.back().capacity = 0;
+  EXPECT(batch.Sort(stage.request, stage.problem.plan.other_threads, &expected).fault == PackFault::kNone);
+  EXPECT(batch.Write(target, stage.layout, stage.problem.plan.sort_threads));
+  CheckPacked(stage, batch, packed, nullptr);
+}
+
 void CheckBatch(const Problem& problem, SortedBatch& batch) {
   const PackRequest& request = problem.request;
   const PackError error = batch.Sort(request, problem.plan.sort_threads);
@@ -471,6 +483,7 @@ void CheckBatch(const Problem& problem, SortedBatch& batch) {
   EXPECT(batch.invalid() == model.invalid);
   Stage stage(problem, model);
   CheckPacked(stage, batch, Write(stage, batch), nullptr);
+  SortAndCheckAsExpected(stage, batch);
   if (problem.plan.divide) DivideAndCheck(stage, batch);
   if (problem.plan.drop) DropAndCheck(stage, batch);
 }

@@ -128,6 +128,19 @@ struct Packed {
   std::vector<int32_t> row_pointers, ids, samples;
   std::vector<float> gains;
   std::vector<embax::PackPlacement> placements;
+
+  void Clear() {
+    for (auto* array : {&row_pointers, &ids, &samples}) std::fill(array->begin(), array->end(), -7);
+    std::fill(gains.begin(), gains.end(), -7.0f);
+  }
+
+  // Where it was written, by requests of so many local devices.
+  embax::PackTarget Target(int64_t devices) {
+    embax::PackArrays arrays = {row_pointers.data(), ids.data(), samples.data(), gains.data()};
+    arrays.row_pointers_per_device = static_cast<int64_t>(row_pointers.size()) / devices;
+    arrays.entries_per_device = static_cast<int64_t>(ids.size()) / devices;
+    return {placements, arrays};
+  }
 };
 
 Packed Write(const PackRequest& request, const SortedBatch& batch, int64_t threads) {
@@ -244,6 +257,61 @@ void TestAgainstPlainCode() {
 }
 
 // What becomes of the entries is tested from Python; here sanitizers look at the memory.
+PackRequest RequestOf(const std::vector<int32_t>& ids, int64_t vocabulary) {
+  PackRequest request;
+  request.num_sparsecores = 4;
+  PackFeature feature;
+  feature.ids = ids.data();
+  feature.num_ids = feature.batch = static_cast<int64_t>(ids.size());
+  feature.valency = 1;
+  feature.vocabulary = vocabulary;
+  request.features.push_back(feature);
+  embax::PackStack stack;
+  stack.num_rows = (vocabulary + 3) / 4 * 4;
+  stack.features = {0};
+  request.stacks.push_back(stack);
+  return request;
+}
+
+void TestWritesWhereItIsExpected() {
+  int64_t too_small = 0;
+  for (uint64_t seed = 0; seed < 300; ++seed) {
+    const Problem problem = MakeProblem(seed, seed % 10 == 0 ? 900 : 20);
+    const auto batch = SortedBatch::New();
+    EXPECT(batch->Sort(problem.request, 1).fault == PackFault::kNone);
+    Packed packed = Write(problem.request, *batch, 1);
+    const embax::PackTarget target = packed.Target(problem.request.num_local_devices);
+    for (const bool fits : {true, false}) {
+      embax::PackTarget expected = target;
+      if (!fits) expected.placements[seed % expected.placements.size()].capacity = 0;
+      packed.Clear();
+      EXPECT(batch->Sort(problem.request, 1 + seed % 4, &expected).fault == PackFault::kNone);
+      if (fits) CheckAgainstPlainCode(problem.request, packed);  // It is there before Write.
+      too_small += !fits && !(expected.placements == target.placements);
+      EXPECT(batch->Write(target, embax::PackLayout::kShares, 1 + seed % 3));
+      CheckAgainstPlainCode(problem.request, packed);
+    }
+  }
+  EXPECT(too_small > 100);
+}
+
+// What is dropped after it was written where it was expected is not left there.
+void TestDropsWhatWasExpected() {
+  std::vector<int32_t> ids;
+  for (int32_t i = 0; i < 40; ++i) ids.push_back(i);
+  PackRequest request = RequestOf(ids, 40);
+  request.count_merged = true;
+  const auto batch = SortedBatch::New();
+  std::vector<int32_t> pointers(8), rows(64), samples(64);
+  std::vector<float> gains(64);
+  const embax::PackTarget target = {{{0, 0, 64}}, {pointers.data(), rows.data(), samples.data(), gains.data(), 8, 64}};
+  EXPECT(batch->Sort(request, 1, &target).fault == PackFault::kNone);
+  EXPECT(pointers[0] == 10);
+  EXPECT(batch->Drop({{3, 100, 64}}, embax::PackLayout::kShares) == std::vector<int64_t>{40 - 4 * 3});
+  EXPECT(batch->Write(target, embax::PackLayout::kShares, 1));
+  EXPECT(pointers[0] == 3);
+}
+
 void TestMinibatchesAndDropping() {
   int minibatched = 0, dropping = 0;
   for (uint64_t seed = 0; seed < 300; ++seed) {
@@ -298,22 +366,6 @@ void TestMinibatchesAndDropping() {
 }
 
 // One table of `vocabulary` rows, one id a sample, all samples on one of four SparseCores.
-PackRequest RequestOf(const std::vector<int32_t>& ids, int64_t vocabulary) {
-  PackRequest request;
-  request.num_sparsecores = 4;
-  PackFeature feature;
-  feature.ids = ids.data();
-  feature.num_ids = feature.batch = static_cast<int64_t>(ids.size());
-  feature.valency = 1;
-  feature.vocabulary = vocabulary;
-  request.features.push_back(feature);
-  embax::PackStack stack;
-  stack.num_rows = (vocabulary + 3) / 4 * 4;
-  stack.features = {0};
-  request.stacks.push_back(stack);
-  return request;
-}
-
 void TestDroppingIntoAnyCapacity() {
   std::vector<int32_t> ids;
   for (int32_t i = 0; i < 40; ++i) ids.push_back(i);
@@ -510,6 +562,8 @@ void TestFork() {
 
 int main() {
   TestAgainstPlainCode();
+  TestWritesWhereItIsExpected();
+  TestDropsWhatWasExpected();
   TestMinibatchesAndDropping();
   TestDroppingIntoAnyCapacity();
   TestOneMinibatchNeedsNoRoomForOthers();
