@@ -6,7 +6,8 @@
 //   read        COUNT distinct rows of ROW_BYTES in random order are read
 //   write       ... are read, modified and written
 //   write_two   ... and so are the same rows of a second array, as for an optimizer with a slot as large as the table
-// Rows are prefetched DISTANCE rows ahead, into the cache of the first or second LEVEL. Arrays lie in huge pages where the system has them. Threads share the rows evenly.
+// Rows are prefetched DISTANCE rows ahead, into the cache of the first or second LEVEL. Arrays lie in huge pages where the system
+// has them. Threads share the rows evenly.
 
 #include <sys/mman.h>
 

@@ -142,8 +142,8 @@ def keep_memory() -> None:
     """Lets the C library keep what is given back to it, instead of asking the system for the same memory in each step.
 
     glibc maps every block of more than 32 MB anew, and pages are zeroed as they are touched: that of XLA's temporary memory took
-    as long as the products of a step. Environment variables do the same: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647, and
-    for blocks of more than 64 MB MALLOC_ARENA_MAX=1.
+    as long as the products of a step. Environment variables do the same: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647,
+    and for blocks of more than 64 MB MALLOC_ARENA_MAX=1.
     """
     trim_threshold, mmap_max, largest = -1, -4, 2**31 - 1  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

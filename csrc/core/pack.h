@@ -3,8 +3,8 @@
 // Packing runs in phases, so that a caller can look at the counts (and size its buffers) in between without sorting twice:
 // SortedBatch::Sort reads, checks and sorts the ids, SortedBatch::Write lays them out; between the two, the entries may be
 // put into minibatches, and those that are beyond limits dropped. A caller that expects no change in between says so at once:
-// then what is sorted is laid out while it is in the caches, and Write has nothing left to do. They split their work into one task for each (stack, local
-// device, SparseCore); the result does not depend on the number of threads.
+// then what is sorted is laid out while it is in the caches, and Write has nothing left to do. Both split their work into one
+// task for each (stack, local device, SparseCore); the result does not depend on the number of threads.
 #ifndef EMBAX_CORE_PACK_H_
 #define EMBAX_CORE_PACK_H_
 

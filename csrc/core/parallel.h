@@ -15,8 +15,9 @@
 
 namespace embax {
 
-// Calls body(0), ..., body(count - 1), on this thread and on up to `helpers` of the pool's. Returns when all calls have returned; rethrows the first exception that one of them threw. A helper that starts
-// late finds nothing left to do, so a busy pool costs time but never a deadlock.
+// Calls body(0), ..., body(count - 1), on this thread and on up to `helpers` of the pool's, which have this thread's
+// floating-point environment. Returns when all calls have returned; rethrows the first exception that one of them threw. A helper
+// that starts late finds nothing left to do, so a busy pool costs time but never a deadlock.
 template <typename Body>
 void ParallelFor(int64_t helpers, int64_t count, Body&& body) {
   if (helpers <= 0 || count <= 1) {

@@ -9,7 +9,9 @@
 namespace embax {
 
 // Runs `work` soon, `helpers` times, on the pool's threads, of which there are then at least as many if the system gives them.
-// Without any thread nothing is run: the caller does the work. May be called from any thread.
+// They have the
+// floating-point environment of the caller. Without any thread nothing is run: the caller does the work. May be called from any
+// thread.
 void Schedule(int64_t helpers, const std::function<void()>& work);
 
 }  // namespace embax

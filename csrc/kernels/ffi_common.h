@@ -22,7 +22,7 @@ inline ffi::Error Invalid(const std::string& what) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "embax: " + what);
 }
 
-// Threads that a kernel may use: those of XLA's pool, or fewer if EMBAX_NUM_THREADS says so, which is read once: other
+// Threads that a kernel may use: as many as XLA's pool has, or fewer if EMBAX_NUM_THREADS says so, which is read once: other
 // threads may change the environment later.
 inline int64_t NumThreads(ffi::ThreadPool& pool) {
   static const int64_t asked = [] {

@@ -131,7 +131,7 @@ auto WithLayout(Binding&& binding) {
       .template Attr<Int64Span>("stacks");
 }
 
-// Runs task(0), ..., task(count - 1) on as many threads as XLA has; `bytes` are the bytes of rows that all of them touch.
+// Runs task(0), ..., task(count - 1) on the threads that a kernel may use; `bytes` are the bytes of rows that all of them touch.
 template <typename Task>
 ffi::Error RunTasks(ffi::ThreadPool threads, int64_t count, int64_t bytes, Task&& task) {
   const int64_t helpers = bytes < kInlineBytes ? 0 : NumThreads(threads) - 1;

@@ -256,7 +256,7 @@ void TestAgainstPlainCode() {
   }
 }
 
-// What becomes of the entries is tested from Python; here sanitizers look at the memory.
+// One table of `vocabulary` rows, one id a sample, all samples on one of four SparseCores.
 PackRequest RequestOf(const std::vector<int32_t>& ids, int64_t vocabulary) {
   PackRequest request;
   request.num_sparsecores = 4;
@@ -312,6 +312,7 @@ void TestDropsWhatWasExpected() {
   EXPECT(pointers[0] == 3);
 }
 
+// What becomes of the entries is tested from Python; here sanitizers look at the memory.
 void TestMinibatchesAndDropping() {
   int minibatched = 0, dropping = 0;
   for (uint64_t seed = 0; seed < 300; ++seed) {
@@ -365,7 +366,6 @@ void TestMinibatchesAndDropping() {
   EXPECT(minibatched > 50 && dropping > 50);
 }
 
-// One table of `vocabulary` rows, one id a sample, all samples on one of four SparseCores.
 void TestDroppingIntoAnyCapacity() {
   std::vector<int32_t> ids;
   for (int32_t i = 0; i < 40; ++i) ids.push_back(i);

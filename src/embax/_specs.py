@@ -96,13 +96,14 @@ _changes = itertools.count(1)
 _last_change = 0
 
 
-def _note_change() -> None:
+def note_change() -> None:
+    """To be called after fields of a spec were written in another way than by setting them."""
     global _last_change
     _last_change = next(_changes)
 
 
 def last_change() -> int:
-    """A number that is another one after a field of any table's or feature's spec was set."""
+    """A number that is another one after any table's or feature's spec has changed."""
     return _last_change
 
 
@@ -223,7 +224,7 @@ class TableSpec:
     def __setattr__(self, field: str, value: Any) -> None:
         refuse_after_placement(self, self.__dict__.get("_stacked_table_spec") is not None, field, value)
         super().__setattr__(field, value)
-        _note_change()
+        note_change()
 
     @property
     def setting_in_stack(self) -> TableSettingInStack:
@@ -297,7 +298,7 @@ class FeatureSpec:
     def __setattr__(self, field: str, value: Any) -> None:
         refuse_after_placement(self, self.__dict__.get("_id_transformation") is not None, field, value)
         super().__setattr__(field, value)
-        _note_change()
+        note_change()
 
     @property
     def id_transformation(self) -> FeatureIdTransformation:

@@ -21,6 +21,7 @@ PARTITION_ALIGNMENT = 8
 MAX_MINIBATCHES = 64
 """Minibatches that a batch can be divided into: as many as there are buckets of ids."""
 
+
 def row_pointers_per_segment(num_sparsecores: int) -> int:
     """Row pointers of one SparseCore (of one minibatch on it) when there are `num_sparsecores` in all."""
     return max(num_sparsecores, 8)

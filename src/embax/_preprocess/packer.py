@@ -203,7 +203,8 @@ class Packer:
             counts = Counts.of(batch, len(self._names), minibatched=False)
             if problem := self._limits.problem(counts):
                 raise problem
-            return self._finish(batch, target, counts, None, self._limits.fit(counts), threads)
+            target = self._fitting(target, self._limits.fit(counts))
+            return self._finish(batch, target, counts, None, threads)
         agreement = Agreement(self._all_reduce, batch_number)
         try:
             batch, target = self._sort(*leaves, threads)
@@ -212,7 +213,7 @@ class Packer:
             raise
         counts = Counts.of(batch, len(self._names), minibatched=True)
         number, limits = agreement.settle(batch, counts, self._limits, threads)
-        return self._finish(batch, target, counts, number, limits, threads)
+        return self._finish(batch, self._fitting(target, limits), counts, number, threads)
 
     def eval_shape(self) -> PreprocessedInput:
         """What `embax.eval_preprocess_shape` returns."""
@@ -276,29 +277,24 @@ class Packer:
         target: "_Target",
         counts: Counts,
         num_minibatches: int | None,
-        limits: np.ndarray,
         threads: int,
     ) -> PreprocessedInput:
         """Drops what is beyond the limits, if that was asked for, and writes the batch.
 
         Args:
             batch: sorted, and in minibatches if there are any.
-            target: where it was expected to be written.
+            target: where it is written; it may have been already.
             counts: of the batch as it was given.
             num_minibatches: None without minibatching.
-            limits: int64[stacks, 3].
             threads: threads to work with.
         """
         minibatched, num_devices = num_minibatches is not None, self.num_local_devices
         stats = counts.as_stats(self._names)
         if self.limits == "drop":
-            self._count_dropped(stats, _native.drop(batch, limits, minibatched))
+            self._count_dropped(stats, _native.drop(batch, target.limits, minibatched))
         if self.validation == "drop":
             names = (feature.name for feature in self._features)
             stats.invalid_ids.update(zip(names, batch.invalid.tolist(), strict=True))
-        if limits is not target.limits:
-            now = self._target(target.batch_sizes, limits)
-            target = target if now.layout is target.layout else now
         arrays = target.arrays or empty_arrays(target.layout)
         _native.write_batch(batch, target.placements, *arrays, minibatched, threads)
         if minibatched:
@@ -326,6 +322,13 @@ class Packer:
                     "(dense ids of -1, or empty ragged samples, contribute nothing)."
                 )
         return tuple([leaf.batch // num_devices for leaf in leaves])
+
+    def _fitting(self, expected: "_Target", limits: np.ndarray) -> "_Target":
+        """What was expected if it has these limits, else another without arrays."""
+        if limits is expected.limits:
+            return expected
+        target = self._target(expected.batch_sizes, limits)
+        return expected if target.layout is expected.layout else target
 
     def _target(self, batch_sizes: tuple[int, ...], limits: np.ndarray) -> "_Target":
         """Where batches of these sizes are written, without arrays. The same layout for the same sizes and limits."""

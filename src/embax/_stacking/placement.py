@@ -6,7 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from embax._checks import INT32_MAX, next_multiple, positive_int
-from embax._specs import FeatureIdTransformation, FeatureSpec, StackedTableSpec, TableSettingInStack, TableSpec
+from embax._specs import (
+    FeatureIdTransformation,
+    FeatureSpec,
+    StackedTableSpec,
+    TableSettingInStack,
+    TableSpec,
+    note_change,
+)
 from embax._stacking.plan import any_features, feature_leaves, sample_count
 from embax._topology import num_sparsecores_per_device
 
@@ -126,6 +133,7 @@ def commit(specs: Any, copies: Sequence[FeatureSpec]) -> None:
     for leaf, copied in zip(any_features(specs), copies, strict=True):
         vars(leaf.table_spec).update(vars(copied.table_spec))
         vars(leaf).update(vars(copied) | {"table_spec": leaf.table_spec})
+    note_change()
 
 
 def place(
