@@ -64,8 +64,13 @@ class Counts(NamedTuple):
     @classmethod
     def of(cls, batch: _native.SortedBatch, num_stacks: int, minibatched: bool) -> "Counts":
         """The counts of a sorted batch."""
-        arrays = (a.reshape(num_stacks, -1) for a in (batch.max_ids, batch.max_unique_ids, batch.required))
-        return cls(*arrays, batch.needs(minibatched))
+        shape = (num_stacks, -1)
+        return cls(
+            batch.max_ids.reshape(shape),
+            batch.max_unique_ids.reshape(shape),
+            batch.required.reshape(shape),
+            batch.needs(minibatched),
+        )
 
     def as_stats(self, names: list[str]) -> SparseDenseMatmulInputStats:
         """The counts by the names of the stacks."""

@@ -91,8 +91,8 @@ class _Target(NamedTuple):
     layout: PackedLayout
     placements: np.ndarray
     """int64[stacks, 3]: where the native code finds each stack."""
-    arrays: tuple[np.ndarray, ...] = ()
-    """Row pointers, ids, sample ids and gains, or nothing yet."""
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
+    """Row pointers, ids, sample ids and gains, if there are any yet."""
 
 
 class Packer:
@@ -250,8 +250,8 @@ class Packer:
         target = self._target(self._batch_sizes(leaves), self._limits.current)
         expected = None
         if not self.enable_minibatching and self.limits != "drop":
-            target = target._replace(arrays=empty_arrays(target.layout))
-            expected = (target.placements, *target.arrays)
+            arrays = empty_arrays(target.layout)
+            target, expected = target._replace(arrays=arrays), (target.placements, *arrays)
         batch = _native.sort_batch(
             [leaf.ids for leaf in leaves],
             [leaf.weights for leaf in leaves],
@@ -297,11 +297,11 @@ class Packer:
             stats.invalid_ids.update(zip(names, batch.invalid.tolist(), strict=True))
         arrays = target.arrays or empty_arrays(target.layout)
         _native.write_batch(batch, target.placements, *arrays, minibatched, threads)
-        if minibatched:
-            arrays = (*arrays, np.full(num_devices, num_minibatches, np.int32))
-        if self.has_leading_dimension:
-            arrays = tuple([array.reshape(num_devices, -1) for array in arrays])
-        return PreprocessedInput(*arrays[:4], target.layout, *arrays[4:], stats=stats)
+        number = np.full(num_devices, num_minibatches, np.int32) if minibatched else None
+        packed = PreprocessedInput(*arrays, target.layout, number, stats=stats)
+        if not self.has_leading_dimension:
+            return packed
+        return jax.tree.map(lambda array: array.reshape(num_devices, -1), packed).replace(stats=stats)
 
     def _count_dropped(self, stats: SparseDenseMatmulInputStats, dropped: np.ndarray) -> None:
         for stack in self.plan.stacks:
