@@ -81,7 +81,7 @@ bench-peers: $(VENV)/.embax $(VENV)/.test $(TORCH)/.torch $(IPEX)/.ipex ## Time 
 	$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
 
 bench-packing: reference ## Time packing beside the released reference
-	$(REFERENCE)/bin/python -m benchmarks.packing
+	$(REFERENCE)/bin/python -m benchmarks.packing $(BENCH_ARGS)
 
 bench-models: $(VENV)/.embax $(VENV)/.test $(TORCH)/.torch ## Time whole models beside torch with FBGEMM
 	$(BIN)/python -m benchmarks.models $(BENCH_ARGS)
