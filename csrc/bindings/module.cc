@@ -211,18 +211,12 @@ embax::PackLayout ToLayout(bool minibatches) {
   return minibatches ? embax::PackLayout::kMinibatches : embax::PackLayout::kShares;
 }
 
-using Int64Rows = nb::ndarray<nb::numpy, int64_t, nb::ndim<2>>;
-
-Int64Rows Needs(const embax::SortedBatch& batch, bool minibatches) {
-  const std::vector<embax::PackLimits> needs = batch.Needs(ToLayout(minibatches));
-  auto* rows = new int64_t[std::max<size_t>(3 * needs.size(), 1)];
-  nb::capsule owner(rows, [](void* data) noexcept { delete[] static_cast<int64_t*>(data); });
-  for (size_t i = 0; i < needs.size(); ++i) {
-    rows[3 * i] = needs[i].max_ids;
-    rows[3 * i + 1] = needs[i].max_unique_ids;
-    rows[3 * i + 2] = needs[i].capacity;
+nb::ndarray<nb::numpy, int64_t, nb::ndim<1>> Needs(const Sorted& sorted, bool minibatches) {
+  std::vector<int64_t> rows;
+  for (const embax::PackLimits& need : sorted.batch->Needs(ToLayout(minibatches))) {
+    rows.insert(rows.end(), {need.max_ids, need.max_unique_ids, need.capacity});
   }
-  return Int64Rows(rows, {needs.size(), 3}, owner);
+  return ToNumpy(rows);
 }
 
 uint64_t MinibatchBoundaries(const Sorted& sorted, Int64Matrix limits, int64_t threads) {
@@ -302,8 +296,8 @@ NB_MODULE(_native, m) {
                    "int32[stacks * local devices * N]: most entries that one SparseCore of the device sends to each.")
       .def_prop_ro("max_unique_ids", [](const Sorted& s) { return ToNumpy(s.batch->max_unique_ids()); }, nb::rv_policy::automatic,
                    "int32, like `max_ids`: most distinct ids.")
-      .def("needs", [](const Sorted& s, bool minibatches) { return Needs(*s.batch, minibatches); }, nb::arg("minibatches"),
-           "int64[stacks, 3]: the limits that hold the batch, see ToLimits.")
+      .def("needs", &Needs, nb::arg("minibatches"),
+           "int64[stacks * 3]: the least max_ids, max_unique_ids and capacity of each stack that hold the batch.")
       .def_prop_ro("required", [](const Sorted& s) { return ToNumpy(s.batch->required()); }, nb::rv_policy::automatic,
                    "int32[stacks * local devices * S]: entries that each local SparseCore needs.")
       .def_prop_ro("invalid", [](const Sorted& s) { return ToNumpy(s.batch->invalid()); }, nb::rv_policy::automatic,

@@ -248,8 +248,8 @@ class SortedBatch {
   int64_t total_bound_ = 0;
   bool count_merged_ = false;
   bool dropped_ = false;
-  PackTarget written_;                 // What Sort has written.
-  std::atomic<bool> all_written_{false};  // All of it, and nothing changed since.
+  PackTarget written_;                    // Where Sort has written what fits,
+  std::atomic<bool> all_written_{false};  // which is all of the batch as it is now.
   std::vector<StackShape> stacks_;
   std::vector<Task> tasks_;
   std::vector<int32_t> order_;    // Of the tasks, the largest first.

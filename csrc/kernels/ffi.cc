@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -320,11 +319,10 @@ ffi::Error Fill(ffi::ThreadPool threads, Floats row, ResultMatrix table) {
   AdviseHugePages(data, data + rows * dim);
   const int64_t rows_per_task = std::max<int64_t>(1, kHugePage / (sizeof(float) * std::max<int64_t>(dim, 1)));
   const int64_t tasks = (rows + rows_per_task - 1) / rows_per_task;
-  ParallelFor(NumThreads(threads) - 1, tasks,
-              [&](int64_t task) {
-                const int64_t last = std::min(rows, (task + 1) * rows_per_task);
-                for (int64_t r = task * rows_per_task; r < last; ++r) std::copy_n(row.typed_data(), dim, data + r * dim);
-              });
+  ParallelFor(NumThreads(threads) - 1, tasks, [&](int64_t task) {
+    const int64_t last = std::min(rows, (task + 1) * rows_per_task);
+    for (int64_t r = task * rows_per_task; r < last; ++r) std::copy_n(row.typed_data(), dim, data + r * dim);
+  });
   return ffi::Error::Success();
 }
 

@@ -69,7 +69,7 @@ class Counts(NamedTuple):
             batch.max_ids.reshape(shape),
             batch.max_unique_ids.reshape(shape),
             batch.required.reshape(shape),
-            batch.needs(minibatched),
+            batch.needs(minibatched).reshape(shape),
         )
 
     def as_stats(self, names: list[str]) -> SparseDenseMatmulInputStats:

@@ -35,9 +35,6 @@ _LIMITS = {"raise": FixedLimits, "grow": GrowingLimits, "drop": DroppingLimits}
 _VALIDATIONS = {"raise": 0, "drop": 1, "trust": 2}
 """The numbers are those of `Validation` in csrc/core/pack.h."""
 
-_ON_HOST = {np.ndarray, type(None)}
-"""Types of ids and weights that JAX never traces."""
-
 _MAX_KEPT = 32
 """Layouts that a packer keeps for the next batch."""
 
@@ -195,8 +192,7 @@ class Packer:
             if self.enable_minibatching:
                 Agreement(self._all_reduce, batch_number).fail()
             raise
-        # The types tell in most cases, and fast.
-        if not set(map(type, itertools.chain(*leaves))) <= _ON_HOST and any(map(is_traced, itertools.chain(*leaves))):
+        if any(map(is_traced, itertools.chain(*leaves))):
             return pack_traced(self.plan, self._features, *leaves)
         if not self.enable_minibatching:
             batch, target = self._sort(*leaves, threads)
@@ -325,8 +321,6 @@ class Packer:
 
     def _fitting(self, expected: "_Target", limits: np.ndarray) -> "_Target":
         """What was expected if it has these limits, else another without arrays."""
-        if limits is expected.limits:
-            return expected
         target = self._target(expected.batch_sizes, limits)
         return expected if target.layout is expected.layout else target
 

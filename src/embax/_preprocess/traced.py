@@ -48,6 +48,8 @@ class RawBatch(NamedTuple):
 
 def is_traced(leaf: Any) -> bool:
     """Whether ids or weights of a feature are traced by JAX. Lists are not looked into."""
+    if leaf is None or type(leaf) is np.ndarray:
+        return False  # As most are, at every batch.
     parts = (leaf.values, leaf.row_splits) if isinstance(leaf, Ragged) else (leaf,)
     return any(isinstance(part, Tracer) for part in parts)
 
