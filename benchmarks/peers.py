@@ -16,7 +16,7 @@ from benchmarks.results import table, write_section
 from benchmarks.sides.setting import LEARNING_RATES
 from benchmarks.targets import Target
 from benchmarks.timing import machine
-from benchmarks.trials import TURNS, Ratio, Trial, compare_with_peers
+from benchmarks.trials import SETS_OF_PROCESSES, TURNS, Ratio, Trial, compare_with_peers
 from benchmarks.workloads import WORKLOADS
 
 TITLES = {"sgd": "SGD", "adagrad": "Adagrad", "rowwise": "row-wise Adagrad"}
@@ -148,12 +148,13 @@ def report(trials: Trials, peers: list[SideProgram], rounds: int) -> str:
     lines = [
         "Command: `make bench-peers`. One training step in float32: ids in, sums of rows looked up, gradient (activations",
         "minus targets), tables updated. Packing is counted for embax; the ids of peers are in the form that each takes, made",
-        "beforehand. Each side runs in a process of its own, on as many threads as there are cores, with its defaults. The",
-        f"sides take {TURNS}, for up to {rounds} rounds; where two sides' tables do",
-        "not fit into memory at once, their processes take turns. Times are medians; a ratio is the median of the rounds'",
-        "ratios, with its range, and above 1 where embax is faster. All sides are first checked to have the same rows and",
-        "activations after a few steps, but for what stands below the tables. Not shown: anything but one machine's CPU, and the",
-        "dense part of a model.",
+        "beforehand. Each side runs in a process of its own, on as many threads as there are cores, with its defaults, and in",
+        f"{SETS_OF_PROCESSES} processes one after the other. The sides take {TURNS}, for up to {rounds}",
+        "rounds; where two sides' tables do not fit into memory at once, their processes take turns. A loop is timed as a whole:",
+        "it waits for its last step alone, so JAX computes a step while Python begins the next. Times are medians; a ratio is",
+        "the median of the rounds' ratios, with its range, and above 1 where embax is faster. All sides are first checked to",
+        "have the same rows and activations after a few steps, but for what stands below the tables. Not shown: anything but",
+        "one machine's CPU, and the dense part of a model.",
         "",
         f"Machine: {machine()}; {versions(peers)}.",
     ]

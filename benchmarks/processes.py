@@ -111,6 +111,10 @@ class SideProcess:
         """Milliseconds of `count` calls in a row, from batch `number` on, after calls that are not timed."""
         return self._ask("time", part=part, first=number, count=count, untimed=untimed)
 
+    def loop(self, number: int, count: int, untimed: int) -> float:
+        """Milliseconds of a step in a loop of `count` of them, from batch `number` on, after steps that are not timed."""
+        return self._ask("loop", first=number, count=count, untimed=untimed)
+
     def sum(self, number: int, columns: int | None = None) -> float:
         """The sum of the activations of a batch, of the first columns or of all."""
         return self._ask("sum", number=number, columns=columns)

@@ -19,16 +19,17 @@ CHECKED_ROWS = 5_000
 PAUSE_S = 0.04
 """Between turns: threads of the side before may still wait for work in a loop, or give memory back."""
 WARM_STEPS = 2
-STEPS_OF_A_TURN = 7
-TURNS = f"turns of up to {STEPS_OF_A_TURN} steps in a row, whose median counts"
+STEPS_OF_A_TURN = 12
+TURNS = f"turns, each a loop of up to {STEPS_OF_A_TURN} steps"
 """What `alternate` does, for readers."""
 TURN_MS = 500.0
 """A turn takes about so long at most, unless a single step takes longer."""
 STEPS_OF_A_PROCESS = 8
-ENOUGH_S = 25.0
-"""A comparison ends after so long, with `FEWEST_ROUNDS` at least."""
-FEWEST_ROUNDS = 5
-FEWEST_PROCESSES = 2
+SETS_OF_PROCESSES = 2
+"""A process may get memory from the system that is slow for all of its life, so a comparison is of several processes a side."""
+ENOUGH_S = 15.0
+"""The turns of one set of processes end after so long, with `FEWEST_ROUNDS` at least."""
+FEWEST_ROUNDS = 4
 MARGIN = 0.1
 """Share of the memory that stays free, beside what frameworks need."""
 FRAMEWORK_BYTES = 600e6
@@ -179,9 +180,9 @@ def compare(title: str, expected: Observed, found: Observed, fault: Fault | None
 
 
 def alternate(sides: list[SideProcess], rounds: int) -> list[list[float]]:
-    """Milliseconds of a step of each side, which take turns: the median of some steps in a row, as in a training loop.
+    """Milliseconds of a step of each side, which take turns: each a loop of steps, after some that are not timed.
 
-    Each turn begins with steps that are not timed. Of slow steps a turn has fewer.
+    Of slow steps a turn has fewer.
     """
     times: list[list[float]] = [[] for _ in sides]
     counts = [1] * len(sides)
@@ -191,27 +192,45 @@ def alternate(sides: list[SideProcess], rounds: int) -> list[list[float]]:
             break
         for place, side in enumerate(sides):
             time.sleep(PAUSE_S)
-            steps = side.time(number + WARM_STEPS, count=counts[place], untimed=min(WARM_STEPS, counts[place]))
-            times[place].append(statistics.median(steps))
+            untimed = min(WARM_STEPS, counts[place])
+            times[place].append(side.loop(number + untimed, count=counts[place], untimed=untimed))
             counts[place] = max(1, min(STEPS_OF_A_TURN, int(TURN_MS / times[place][-1])))
         number += STEPS_OF_A_TURN
     return times
 
 
-def together(peers: list[SideProgram], setting: Setting, ids: np.ndarray, rounds: int) -> dict[str, Trial]:
-    """Processes of embax and of peers that run at the same time."""
-    with running(*((program, setting) for program in (EMBAX, *peers))) as sides:
-        results = [observed(side, ids) for side in sides]
-        equal = [
-            compare(side.program.title, results[0], result, side.fault)
-            for side, result in zip(sides[1:], results[1:], strict=True)
-        ]
-        ours, *theirs = alternate(sides, rounds)
-        peaks = [side.memory()["peak"] for side in sides]
+def trials_of(
+    peers: list[SideProgram],
+    times: list[list[float]],
+    first_steps_s: list[float],
+    peaks: list[float],
+    equal: list[bool],
+) -> dict[str, Trial]:
+    """A trial of each peer, by module, from lists that begin with embax."""
     return {
-        peer.module: Trial(ours, times, result.first_step_s, peak, same)
-        for peer, times, result, peak, same in zip(peers, theirs, results[1:], peaks[1:], equal, strict=True)
+        peer.module: Trial(times[0], times[place], first_steps_s[place], peaks[place], equal[place])
+        for place, peer in enumerate(peers, start=1)
     }
+
+
+def together(peers: list[SideProgram], setting: Setting, ids: np.ndarray, rounds: int) -> dict[str, Trial]:
+    """Sets of processes, each of embax and of peers that run at the same time; the rounds are divided among the sets."""
+    programs = [EMBAX, *peers]
+    times: list[list[float]] = [[] for _ in programs]
+    firsts, peaks, equal = [0.0] * len(programs), [0.0] * len(programs), [True] * len(programs)
+    for number in range(min(SETS_OF_PROCESSES, rounds)):
+        with running(*((program, setting) for program in programs)) as sides:
+            results = [observed(side, ids) for side in sides]
+            equal = [
+                compare(side.program.title, results[0], result, side.fault)
+                for side, result in zip(sides, results, strict=True)
+            ]
+            rounds_of_set = rounds // SETS_OF_PROCESSES + (number < rounds % SETS_OF_PROCESSES)
+            for place, of_turns in enumerate(alternate(sides, rounds_of_set)):
+                times[place] += of_turns
+            firsts = [result.first_step_s for result in results]
+            peaks = [side.memory()["peak"] for side in sides]
+    return trials_of(peers, times, firsts, peaks, equal)
 
 
 def in_turns(peers: list[SideProgram], setting: Setting, ids: np.ndarray, rounds: int) -> dict[str, Trial]:
@@ -219,20 +238,16 @@ def in_turns(peers: list[SideProgram], setting: Setting, ids: np.ndarray, rounds
     programs = [EMBAX, *peers]
     times: list[list[float]] = [[] for _ in programs]
     firsts, peaks, equal = [0.0] * len(programs), [0.0] * len(programs), [True] * len(programs)
-    for _ in range(min(FEWEST_PROCESSES, rounds)):
+    for _ in range(min(SETS_OF_PROCESSES, rounds)):
         expected = None
         for place, program in enumerate(programs):
             with running((program, setting)) as (side,):
                 result = observed(side, ids)
                 expected = expected or result
                 equal[place] = compare(program.title, expected, result, side.fault)
-                steps = side.time(0, count=min(STEPS_OF_A_PROCESS, rounds), untimed=WARM_STEPS)
-                times[place].append(statistics.median(steps))
+                times[place].append(side.loop(WARM_STEPS, count=min(STEPS_OF_A_PROCESS, rounds), untimed=WARM_STEPS))
                 firsts[place], peaks[place] = result.first_step_s, side.memory()["peak"]
-    return {
-        peer.module: Trial(times[0], times[place], firsts[place], peaks[place], equal[place])
-        for place, peer in enumerate(peers, start=1)
-    }
+    return trials_of(peers, times, firsts, peaks, equal)
 
 
 def compare_with_peers(

@@ -148,10 +148,16 @@ class Side:
         """Packs a batch."""
         return embax.preprocess(self.ids[number % len(self.ids)], specs=self.specs, limits="grow")
 
-    def step(self, number: int) -> Any:
-        """A training step; returns its loss."""
+    def begin_step(self, number: int) -> Any:
+        """A training step, computed while Python goes on; returns its loss."""
         inputs = self.inputs[number % len(self.inputs)]
-        loss, self.state = jax.block_until_ready(self._train(self.state, self.pack(number), *inputs))
+        loss, self.state = self._train(self.state, self.pack(number), *inputs)
+        return loss
+
+    def step(self, number: int) -> Any:
+        """A training step, waited for; returns its loss."""
+        loss = self.begin_step(number)
+        jax.block_until_ready(self.state)
         return loss
 
     def parts(self) -> dict[str, Any]:
@@ -179,7 +185,8 @@ class Side:
             variables = self._update(self.state[0], packed[number], found[number])
             self.state = jax.block_until_ready((variables, *self.state[1:]))
 
-        return {"step": self.step, "packing": self.pack, "lookup": lookup, "dense": dense, "update": update}
+        parts = {"packing": self.pack, "lookup": lookup, "dense": dense, "update": update}
+        return {"step": self.step, "begin_step": self.begin_step, **parts}
 
 
 def worker(text: str) -> ModelWorker:

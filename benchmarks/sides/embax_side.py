@@ -87,9 +87,14 @@ class Side:
         """Packs a batch."""
         return embax.preprocess(self.batches[number % len(self.batches)], specs=self.specs, limits="grow")
 
+    def begin_step(self, number: int) -> None:
+        """A whole step, from ids to updated tables, which are computed while Python goes on."""
+        self.variables = self._train(self.variables, self.pack(number), self.targets)
+
     def step(self, number: int) -> None:
-        """A whole step, from ids to updated tables."""
-        self.variables = jax.block_until_ready(self._train(self.variables, self.pack(number), self.targets))
+        """A whole step, waited for."""
+        self.begin_step(number)
+        jax.block_until_ready(self.variables)
 
     def parts(self) -> dict[str, Any]:
         """Packing, and on batches packed beforehand lookup and update; the targets are the gradients of the latter."""
@@ -110,7 +115,14 @@ class Side:
         def update(number: int) -> None:
             self.variables = jax.block_until_ready(self._update(self.variables, packed_batch(number), self.targets))
 
-        return {"step": self.step, "packing": self.pack, "pack_all": pack_all, "lookup": lookup, "update": update}
+        return {
+            "step": self.step,
+            "begin_step": self.begin_step,
+            "packing": self.pack,
+            "pack_all": pack_all,
+            "lookup": lookup,
+            "update": update,
+        }
 
     def activations(self, number: int) -> np.ndarray:
         """The activations of a batch."""

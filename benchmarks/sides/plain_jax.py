@@ -47,14 +47,19 @@ class Side:
         self.state = self.optimizer.init(self.tables)
         jax.block_until_ready((self.tables, self.state))
 
-    def step(self, number: int) -> None:
-        """A whole step, from ids to updated tables."""
+    def begin_step(self, number: int) -> None:
+        """A whole step, from ids to updated tables, which are computed while Python goes on."""
         ids = self.batches[number % len(self.batches)]
-        self.tables, self.state = jax.block_until_ready(self._train(self.tables, self.state, ids, self.targets))
+        self.tables, self.state = self._train(self.tables, self.state, ids, self.targets)
+
+    def step(self, number: int) -> None:
+        """A whole step, waited for."""
+        self.begin_step(number)
+        jax.block_until_ready((self.tables, self.state))
 
     def parts(self) -> dict[str, Any]:
         """The step."""
-        return {"step": self.step}
+        return {"step": self.step, "begin_step": self.begin_step}
 
     def activations(self, number: int) -> np.ndarray:
         """The activations of a batch."""

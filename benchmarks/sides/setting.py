@@ -74,7 +74,10 @@ class Side(Protocol):
         """Makes tables and slots and touches all of their memory."""
 
     def parts(self) -> dict[str, Any]:
-        """What can be timed, as functions of the number of a batch: "step" at least, which ends when all is computed."""
+        """What can be timed, as functions of the number of a batch: "step" at least, which ends when all is computed.
+
+        A side whose steps are computed while Python goes on has "begin_step" too, which does not wait for that.
+        """
         ...
 
     def activations(self, number: int) -> np.ndarray:

@@ -57,6 +57,24 @@ class Worker:
             times.append((time.perf_counter() - start) * 1e3)
         return times
 
+    def loop(self, first: int, count: int, untimed: int) -> float:
+        """Milliseconds of a step, in a loop of `count` of them from batch number `first` on, as of a training program.
+
+        `untimed` steps come before it. A side whose steps are computed while Python goes on waits for none but the last one.
+        """
+        begin, step = self.parts.get("begin_step", self.parts["step"]), self.parts["step"]
+
+        def run(numbers: range) -> None:
+            for number in numbers[:-1]:
+                begin(number)
+            step(numbers[-1])
+
+        if untimed:
+            run(range(first - untimed, first))
+        start = time.perf_counter()
+        run(range(first, first + count))
+        return (time.perf_counter() - start) * 1e3 / count
+
     def sum(self, number: int, columns: int | None) -> float:
         """The sum of a batch's activations, of the first columns or of all."""
         return float(self.side.activations(number).reshape(-1, self.dim)[:, :columns].sum(dtype=np.float64))
