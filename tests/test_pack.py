@@ -177,6 +177,9 @@ class Fitting:
     def fit(self, counts):
         return counts.needs + np.array([0, 1, 8 * self.sparsecores])
 
+    def note(self, needs):
+        pass
+
 
 def pack(batch):
     """Packs with buffers that fit, on any number of local devices."""

@@ -163,6 +163,14 @@ Pool* GetPool() {
 
 }  // namespace
 
+int64_t AvailableProcessors() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+  return std::max<int64_t>(std::thread::hardware_concurrency(), 1);
+}
+
 void Schedule(int64_t helpers, const std::function<void()>& work) { GetPool()->Schedule(helpers, work); }
 
 }  // namespace embax

@@ -14,6 +14,9 @@ namespace embax {
 // thread.
 void Schedule(int64_t helpers, const std::function<void()>& work);
 
+// Processors that the calling thread may run on; 1 where that is not known.
+int64_t AvailableProcessors();
+
 }  // namespace embax
 
 #endif  // EMBAX_CORE_THREAD_POOL_H_

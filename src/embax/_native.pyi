@@ -15,6 +15,40 @@ class SortedBatch:
     def invalid(self) -> np.ndarray: ...
     def needs(self, minibatches: bool) -> np.ndarray: ...
 
+class BatchCounts:
+    """Counts of a batch, as those of SortedBatch."""
+
+    @property
+    def max_ids(self) -> np.ndarray: ...
+    @property
+    def max_unique_ids(self) -> np.ndarray: ...
+    @property
+    def required(self) -> np.ndarray: ...
+
+class DensePacker:
+    """Packs batches of dense ids that have the sizes and keep the limits of one before them."""
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        stacks: np.ndarray,
+        order: np.ndarray,
+        num_local_devices: int,
+        sparsecores_per_device: int,
+        num_sparsecores: int,
+        validation: int,
+        batch_sizes: np.ndarray,
+        placements: np.ndarray,
+        limits: np.ndarray,
+        row_pointers: int,
+        entries: int,
+    ) -> None: ...
+    def pack(
+        self, ids: list[object], threads: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, BatchCounts] | None: ...
+    @property
+    def needs(self) -> np.ndarray: ...
+
 def sort_batch(
     ids: list[np.ndarray],
     weights: list[np.ndarray | None],
@@ -44,6 +78,7 @@ def write_batch(
     threads: int,
 ) -> None: ...
 def empty_arrays(row_pointers: int, entries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: ...
+def available_processors() -> int: ...
 def ffi_handlers() -> dict[str, object]: ...
 def row_rules() -> dict[str, tuple[int, list[bool], int]]: ...
 def simd() -> str: ...

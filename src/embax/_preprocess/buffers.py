@@ -228,21 +228,9 @@ class PreprocessedInput:
         return dataclasses.replace(self, **changes)
 
 
-_ARRAYS = ("row_pointers", "embedding_ids", "sample_ids", "gains", "num_minibatches", "invalid_ids")
-
-
-def _flatten(packed: PreprocessedInput):
-    return tuple(getattr(packed, name) for name in _ARRAYS), packed.layout
-
-
-def _flatten_with_keys(packed: PreprocessedInput):
-    arrays, layout = _flatten(packed)
-    return tuple(zip(map(jax.tree_util.GetAttrKey, _ARRAYS), arrays, strict=True)), layout
-
-
-def _unflatten(layout: PackedLayout, arrays) -> PreprocessedInput:
-    row_pointers, embedding_ids, sample_ids, gains, num_minibatches, invalid_ids = arrays
-    return PreprocessedInput(row_pointers, embedding_ids, sample_ids, gains, layout, num_minibatches, invalid_ids)
-
-
-jax.tree_util.register_pytree_with_keys(PreprocessedInput, _flatten_with_keys, _unflatten, _flatten)
+jax.tree_util.register_dataclass(
+    PreprocessedInput,
+    ["row_pointers", "embedding_ids", "sample_ids", "gains", "num_minibatches", "invalid_ids"],
+    ["layout"],
+    ["stats"],
+)

@@ -74,7 +74,7 @@ class Counts(NamedTuple):
 
     def as_stats(self, names: list[str]) -> SparseDenseMatmulInputStats:
         """The counts by the names of the stacks."""
-        return SparseDenseMatmulInputStats.of_arrays(names, self[:3])
+        return SparseDenseMatmulInputStats.of_counts(names, self)
 
 
 def spec_limits(plan: Plan, minibatched: bool) -> np.ndarray:
@@ -106,6 +106,10 @@ class Limits(Protocol):
         """The limits to pack a batch with that has no problem."""
         ...
 
+    def note(self, needs: np.ndarray) -> None:
+        """Remembers what batches needed that `fit` was not asked about, since they were within the limits."""
+        ...
+
 
 class FixedLimits:
     """The limits of the specs. A batch beyond one is an error."""
@@ -128,6 +132,10 @@ class FixedLimits:
         """The limits, whatever is packed."""
         del counts
         return self.current
+
+    def note(self, needs: np.ndarray) -> None:
+        """Nothing: what batches need changes no limit."""
+        del needs
 
     def _error(self, counts: Counts, number: int, column: int, need: int) -> LimitExceededError:
         plan, stack = self._plan, self._plan.stacks[number]
@@ -221,6 +229,11 @@ class GrowingLimits:
         if tell:
             self._notice(current)
         return current
+
+    def note(self, needs: np.ndarray) -> None:
+        """Remembers the needs, for the next time that limits grow."""
+        with _growth_lock:
+            self._needs = np.maximum(self._needs, needs)
 
     def _with_headroom(self) -> np.ndarray:
         # Counts of few ids vary more, relative to their size, than counts of many: hence the constant.

@@ -1,7 +1,8 @@
 """Packs the ids of a batch: on the host, or inside jit."""
 
 import operator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,43 +22,60 @@ _PARTS_OF_TABLE = operator.attrgetter(
 _packers: dict[Any, tuple[Packer, list[Any]]] = {}
 """By what packing depends on, and what keeps it alive."""
 
-_latest: dict[Any, tuple[int, Packer, list[Any]]] = {}
-"""By the specs themselves: the last change of any spec before, their packer then, and what keeps them alive."""
+
+class _Call(NamedTuple):
+    """What a packer was found for."""
+
+    change: int
+    """The last change of any spec before."""
+    options: list[Any]
+    leaves: list[Any]
+    treedef: Any
+    packer: Packer
+
+    def is_like(self, change: int, options: Iterable[Any], leaves: list[Any], treedef: Any) -> bool:
+        """Whether another call is about the very same objects, which have not changed."""
+        return (
+            self.change == change
+            and all(map(operator.is_, self.options, options))
+            and len(self.leaves) == len(leaves)
+            and all(map(operator.is_, self.leaves, leaves))
+            and self.treedef == treedef
+        )
 
 
-def _keep(known: dict[Any, Any], key: Any, value: Any) -> Any:
-    while len(known) >= _MAX_KEPT:
-        known.pop(next(iter(known), None), None)
-    return known.setdefault(key, value)
+_latest: _Call | None = None
+"""The latest call: most are like the one before."""
 
 
 def _packer_for(specs: Any, **options: Any) -> Packer:
     """A packer for the specs as they are now, kept from an earlier call if nothing about them has changed.
 
     What packing depends on is immutable (placements, names, sizes), so that the identities of these objects tell
-    cheaply whether it changed; and where no spec has changed at all, those of the specs do. The objects are kept alive with
-    the packer, so that no other can get their identity.
+    cheaply whether it changed. The objects are kept alive with the packer, so that no other can get their identity.
     """
+    global _latest
     leaves, treedef = jax.tree.flatten(specs)
-    # With their types, since 1 equals True.
-    rest = (treedef, tuple(options.values()), tuple(map(type, options.values())))
-    change, specs_key = last_change(), (*rest, *map(id, leaves))
-    try:
-        latest = _latest.get(specs_key)
-    except TypeError:  # An option that is no hash is not valid either.
-        return Packer(specs, **options)
-    if latest is not None and latest[0] == change:
-        return latest[1]
+    change, latest = last_change(), _latest
+    if latest is not None and latest.is_like(change, options.values(), leaves, treedef):
+        return latest.packer
     parts: list[Any] = []
     for leaf in leaves:
         if not isinstance(leaf, FeatureSpec):
             return Packer(specs, **options)  # Says what is wrong.
         parts += _PARTS_OF_FEATURE(leaf)
         parts += _PARTS_OF_TABLE(leaf.table_spec)
-    key = (*rest, *map(id, parts))
-    known = _packers.get(key) or _keep(_packers, key, (Packer(specs, **options), parts))
-    _latest.pop(specs_key, None)
-    _keep(_latest, specs_key, (change, known[0], leaves))
+    # With the types of options, since 1 equals True.
+    key = (treedef, tuple(options.values()), tuple(map(type, options.values())), *map(id, parts))
+    try:
+        known = _packers.get(key)
+    except TypeError:  # An option that is no hash is not valid either.
+        return Packer(specs, **options)
+    if known is None:
+        while len(_packers) >= _MAX_KEPT:
+            _packers.pop(next(iter(_packers), None), None)
+        known = _packers.setdefault(key, (Packer(specs, **options), parts))
+    _latest = _Call(change, list(options.values()), leaves, treedef, known[0])
     return known[0]
 
 

@@ -47,7 +47,7 @@ def num_threads() -> int:
     """
     value = os.environ.get("EMBAX_NUM_THREADS", "")
     if not value:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return _native.available_processors()
     if not (value.isascii() and value.isdigit() and len(value) <= 4 and 1 <= int(value) <= 1024):
         raise ValueError(f"EMBAX_NUM_THREADS is {value!r}; it must be an integer from 1 to 1024, or unset.")
     return int(value)
@@ -167,6 +167,8 @@ class Packer:
         self._order = np.array([feature.leaf for stack in plan.stacks for feature in stack.features])
         self._names = [stack.name for stack in plan.stacks]
         self._targets: dict[Any, _Target] = {}
+        self._likewise: tuple[_Target, _native.DensePacker] | None = None
+        """Where the latest batch was written, and what packs others like it."""
 
     def __call__(self, ids: Any, weights: Any = None, *, batch_number: int | None = None) -> PreprocessedInput:
         """Packs one batch, also inside jit; arguments, result and errors are those of `embax.preprocess`."""
@@ -183,6 +185,8 @@ class Packer:
             ) from error
 
     def _pack(self, ids: Any, weights: Any, batch_number: int | None) -> PreprocessedInput:
+        if weights is None and batch_number is None and (packed := self._pack_likewise(ids)) is not None:
+            return packed
         if batch_number is not None:
             batch_number = _checked_batch_number(batch_number)
         try:
@@ -195,12 +199,16 @@ class Packer:
         if any(map(is_traced, itertools.chain(*leaves))):
             return pack_traced(self.plan, self._features, *leaves)
         if not self.enable_minibatching:
+            if self._likewise is not None:
+                self._limits.note(self._likewise[1].needs.reshape(-1, 3))
             batch, target = self._sort(*leaves, threads)
             counts = Counts.of(batch, len(self._names), minibatched=False)
             if problem := self._limits.problem(counts):
                 raise problem
             target = self._fitting(target, self._limits.fit(counts))
-            return self._finish(batch, target, counts, None, threads)
+            packed = self._finish(batch, target, counts, None, threads)
+            self._expect_likewise(target)
+            return packed
         agreement = Agreement(self._all_reduce, batch_number)
         try:
             batch, target = self._sort(*leaves, threads)
@@ -210,6 +218,40 @@ class Packer:
         counts = Counts.of(batch, len(self._names), minibatched=True)
         number, limits = agreement.settle(batch, counts, self._limits, threads)
         return self._finish(batch, self._fitting(target, limits), counts, number, threads)
+
+    def _expect_likewise(self, target: "_Target") -> None:
+        """Expects batches of the sizes and within the limits of a target: those that are dense are packed in a short way."""
+        plan, layout = self.plan, target.layout
+        plain = not self.has_leading_dimension and "drop" not in (self.limits, self.validation)
+        if not plain or (self._likewise is not None and self._likewise[0].layout is layout):
+            return
+        packer = _native.DensePacker(
+            self._feature_table,
+            self._stack_table,
+            self._order,
+            self.num_local_devices,
+            plan.num_sparsecores_per_device,
+            plan.num_sparsecores,
+            _VALIDATIONS[self.validation],
+            np.array(target.batch_sizes),
+            target.placements,
+            target.limits,
+            self.num_local_devices * layout.row_pointers_per_device,
+            self.num_local_devices * layout.entries_per_device,
+        )
+        self._likewise = (target, packer)
+
+    def _pack_likewise(self, ids: Any) -> PreprocessedInput | None:
+        """Packs dense ids without weights if they are like a batch before. None says that this cannot be done, or not so."""
+        likewise = self._likewise
+        if likewise is None or likewise[0].limits is not self._limits.current:
+            return None
+        packed = likewise[1].pack(flatten_like(self._skeleton, self._treedef, ids, "ids"), num_threads())
+        if packed is None:
+            return None
+        row_pointers, embedding_ids, sample_ids, gains, counts = packed
+        stats = SparseDenseMatmulInputStats.of_counts(self._names, counts)
+        return PreprocessedInput(row_pointers, embedding_ids, sample_ids, gains, likewise[0].layout, stats=stats)
 
     def eval_shape(self) -> PreprocessedInput:
         """What `embax.eval_preprocess_shape` returns."""

@@ -136,8 +136,9 @@ def pack_reference(
             pointers[device, pointer + N : pointer + max(N, 8)] = end
             written[device, first : first + end] = True
             assert end <= place.capacity // S
-    counts = [array.reshape(len(plan.stacks), -1) for array in (max_ids, max_unique, required)]
-    stats = SparseDenseMatmulInputStats.of_arrays([stack.name for stack in plan.stacks], counts)
+    names = [stack.name for stack in plan.stacks]
+    by_stack = [dict(zip(names, a.reshape(len(names), -1), strict=True)) for a in (max_ids, max_unique, required)]
+    stats = SparseDenseMatmulInputStats(by_stack[0], by_stack[1], by_stack[2])
     if drop:
         stats.id_drop_counters.update(dropped_of_stacks)
         stats.dropped_ids.update(dropped)

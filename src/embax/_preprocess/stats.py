@@ -1,10 +1,36 @@
 """What packing counts on the host."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+
+
+class BatchCounts(Protocol):
+    """Counts of a packed batch, flat or a row a stack."""
+
+    @property
+    def max_ids(self) -> np.ndarray:
+        """int32[stacks * L * N]: for each stack, local device and SparseCore the most entries that it is sent by one."""
+        ...
+
+    @property
+    def max_unique_ids(self) -> np.ndarray:
+        """int32, likewise: the most distinct ids."""
+        ...
+
+    @property
+    def required(self) -> np.ndarray:
+        """int32[stacks * L * S]: the entries that each local SparseCore needs."""
+        ...
+
+
+_COUNTED = {
+    "max_ids_per_partition": "max_ids",
+    "max_unique_ids_per_partition": "max_unique_ids",
+    "required_buffer_size_per_sc": "required",
+}
+"""The fields of statistics that are counted, and their names in `BatchCounts`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,23 +67,27 @@ class SparseDenseMatmulInputStats:
     invalid_ids: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of_arrays(cls, stacks: list[str], arrays: Sequence[np.ndarray]) -> "SparseDenseMatmulInputStats":
-        """From arrays of the first three fields, a row a stack. The mappings are made when first asked for.
+    def of_counts(cls, stacks: list[str], counts: "BatchCounts") -> "SparseDenseMatmulInputStats":
+        """From the counts of the first three fields, whose mappings are made when first asked for.
 
         Args:
             stacks: the names of the stacks.
-            arrays: int32[stacks, ..] of each field, in their order.
+            counts: of the batch.
         """
         stats = cls.__new__(cls)
-        stats.__dict__.update(_stacks=stacks, _arrays=arrays, id_drop_counters={}, dropped_ids={}, invalid_ids={})
+        stats.__dict__.update(_stacks=stacks, _counts=counts, id_drop_counters={}, dropped_ids={}, invalid_ids={})
         return stats
 
     def __getattr__(self, name: str) -> Any:
-        fields = ("max_ids_per_partition", "max_unique_ids_per_partition", "required_buffer_size_per_sc")
-        if name not in fields or "_arrays" not in self.__dict__:
+        if name not in _COUNTED or "_counts" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        rows = self.__dict__["_arrays"][fields.index(name)]
-        return self.__dict__.setdefault(name, dict(zip(self.__dict__["_stacks"], rows, strict=True)))
+        stacks = self.__dict__["_stacks"]
+        rows = getattr(self.__dict__["_counts"], _COUNTED[name]).reshape(len(stacks), -1)
+        return self.__dict__.setdefault(name, dict(zip(stacks, rows, strict=True)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What counts come from does not go to other processes.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_cc(cls, stats: Any) -> "SparseDenseMatmulInputStats":
