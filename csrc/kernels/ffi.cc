@@ -42,6 +42,28 @@ void AdviseFor(std::vector<Columns> activations) {
   AdviseHugePages(begin, end);
 }
 
+// Divides the activations of all stacks, `parts` of each, among tasks: the first part of each task, and the number of all. A thread
+// clears a new page that it touches, even while another one clears it too. So where there are many pages for each thread, and
+// parts are smaller, those that begin in one page are one task.
+std::vector<int64_t> FirstOfPages(const std::vector<Columns>& activations, int64_t parts, int64_t threads) {
+  constexpr int64_t kPagesPerThread = 8;
+  int64_t bytes = 0;
+  for (const Columns& one : activations) bytes += sizeof(float) * one.rows * one.columns;
+  const bool many = bytes / static_cast<int64_t>(kHugePage) >= kPagesPerThread * threads;
+  std::vector<int64_t> firsts;
+  uintptr_t last = 0;
+  for (size_t k = 0; k < activations.size(); ++k) {
+    const Columns& one = activations[k];
+    for (int64_t part = 0; part < parts; ++part) {
+      const uintptr_t page = reinterpret_cast<uintptr_t>(one.data + one.rows / parts * part * one.columns) / kHugePage;
+      if (!many || page != last || firsts.empty()) firsts.push_back(static_cast<int64_t>(k) * parts + part);
+      last = page;
+    }
+  }
+  firsts.push_back(static_cast<int64_t>(activations.size()) * parts);
+  return firsts;
+}
+
 ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
                   Int32s num_minibatches, ffi::RemainingArgs tables, ffi::RemainingRets activations,
                   int64_t num_sparsecores, int64_t sparsecores_per_device, int64_t max_minibatches, Int64Span stacks,
@@ -77,17 +99,20 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     t.quantization = {quantization[3 * k], quantization[3 * k + 1], quantization[3 * k + 2]};
     bytes += sizeof(float) * t.dim * (batch.NumEntries(k) + out.rows);
   }
+  const std::vector<int64_t> firsts = FirstOfPages(outs, sparsecores_per_device, NumThreads(threads));
   AdviseFor(std::move(outs));
   const RowKernels& kernels = SelectRowKernels();
-  return RunTasks(threads, n * sparsecores_per_device, bytes, [&](int64_t task) {
-    const int64_t stack = task / sparsecores_per_device, sparsecore = task % sparsecores_per_device;
-    LookupTask t = tasks[stack];
-    std::vector<Entries> minibatches;
-    batch.Append(stack, sparsecore, minibatches);
-    t.minibatches = minibatches.data();
-    t.num_minibatches = batch.num_minibatches();
-    t.out += sparsecore * t.num_samples * t.dim;
-    kernels.lookup(t);
+  return RunTasks(threads, static_cast<int64_t>(firsts.size()) - 1, bytes, [&](int64_t number) {
+    for (int64_t part = firsts[number]; part < firsts[number + 1]; ++part) {
+      const int64_t stack = part / sparsecores_per_device, sparsecore = part % sparsecores_per_device;
+      LookupTask t = tasks[stack];
+      std::vector<Entries> minibatches;
+      batch.Append(stack, sparsecore, minibatches);
+      t.minibatches = minibatches.data();
+      t.num_minibatches = batch.num_minibatches();
+      t.out += sparsecore * t.num_samples * t.dim;
+      kernels.lookup(t);
+    }
   });
 }
 
