@@ -15,7 +15,7 @@
 #include "kernels/ffi_common.h"
 #include "kernels/huge_pages.h"
 #include "kernels/packed_batch.h"
-#include "kernels/partition_scratch.h"
+#include "kernels/order_scratch.h"
 #include "kernels/rows.h"
 
 namespace embax {
@@ -111,6 +111,7 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
       t.minibatches = minibatches.data();
       t.num_minibatches = batch.num_minibatches();
       t.out += sparsecore * t.num_samples * t.dim;
+      LookupScratch::OfThread().Serve(t, Columns::Of(tables, stack).rows);
       kernels.lookup(t);
     }
   });

@@ -7,7 +7,7 @@
 #include "kernels/ffi.h"
 #include "kernels/ffi_common.h"
 #include "kernels/packed_batch.h"
-#include "kernels/partition_scratch.h"
+#include "kernels/order_scratch.h"
 #include "kernels/prefetch.h"
 #include "kernels/rows.h"
 

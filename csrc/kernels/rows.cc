@@ -60,6 +60,63 @@ void LookupRows(const LookupTask& t) {
   for (int64_t m = 0; m < t.num_minibatches; ++m) LookupMinibatch<kDim, kQuantize>(t, t.minibatches[m]);
 }
 
+// Puts the entries that name rows and samples which exist in the order of their samples: behind this those of a sample lie between
+// the end of the one before it and its own.
+inline void OrderSamples(const LookupTask& t) {
+  const SampleScratch& scratch = t.scratch;
+  const auto for_each = [&](auto use) __attribute__((always_inline)) {
+    for (int64_t m = 0; m < t.num_minibatches; ++m) {
+      const Entries& entries = t.minibatches[m];
+      for (int64_t partition = 0, begin = entries.begin; partition < t.num_partitions; ++partition) {
+        const int64_t end = PartitionEnd(entries, partition, begin);
+        for (int64_t e = begin; e < end; ++e) {
+          const int32_t id = entries.ids[e], sample = entries.samples[e];
+          if (InRange(id, t.rows_per_partition) && InRange(sample, t.num_samples)) {
+            use(sample, partition * t.partition_stride + id, entries.gains[e]);
+          }
+        }
+        begin = NextPartition(entries, end);
+      }
+    }
+  };
+  std::memset(scratch.ends, 0, sizeof(uint32_t) * (t.num_samples + 1));
+  for_each([&](int32_t sample, int64_t, float) __attribute__((always_inline)) { ++scratch.ends[sample + 1]; });
+  for (int64_t sample = 0; sample < t.num_samples; ++sample) scratch.ends[sample + 1] += scratch.ends[sample];
+  for_each([&](int32_t sample, int64_t row, float gain) __attribute__((always_inline)) {
+    // Whoever changes the arrays meanwhile gets wrong sums, no more.
+    if (scratch.ends[sample] >= scratch.count) return;
+    scratch.entries[scratch.ends[sample]++] = {static_cast<uint32_t>(row), gain};
+  });
+}
+
+template <int kDim>
+void LookupSamples(const LookupTask& t) {
+  OrderSamples(t);
+  const int64_t dim = Length<kDim>(t.dim);
+  const SampleScratch::Entry* const entries = t.scratch.entries;
+  const int64_t num_entries = t.num_samples > 0 ? t.scratch.ends[t.num_samples - 1] : 0;
+  const auto prefetch = [&](int64_t e) __attribute__((always_inline)) {
+    if (e < num_entries) PrefetchRow<kDim>(t.table + entries[e].row * dim, dim);
+  };
+  for (int64_t e = 0; e < kPrefetchAhead; ++e) prefetch(e);
+  float of_constant_length[kDim > 0 ? kDim : 1];  // Which the compiler keeps in registers.
+  float* __restrict const sum = kDim > 0 ? of_constant_length : t.scratch.sum;
+  for (int64_t sample = 0, e = 0; sample < t.num_samples; ++sample) {
+    EMBAX_SIMD_LOOP
+    for (int64_t i = 0; i < dim; ++i) sum[i] = 0;
+    for (; e < t.scratch.ends[sample]; ++e) {
+      prefetch(e + kPrefetchAhead);
+      const float* __restrict row = t.table + entries[e].row * dim;
+      const float gain = entries[e].gain;
+      EMBAX_SIMD_LOOP
+      for (int64_t i = 0; i < dim; ++i) sum[i] += gain * row[i];
+    }
+    float* __restrict out = t.out + sample * dim;
+    EMBAX_SIMD_LOOP
+    for (int64_t i = 0; i < dim; ++i) out[i] = sum[i];
+  }
+}
+
 // Clips the gradient of a row and adds what its decay asks for (RowOptions).
 inline void PrepareRow(const RowOptions& options, float* __restrict g, float* __restrict w, int64_t dim) {
   if (options.clip_value < HUGE_VALF) {
@@ -236,6 +293,7 @@ LookupFunction LookupFor(int64_t dim) { EMBAX_DISPATCH_DIM(dim, LookupPlain, ) }
 
 void Lookup(const LookupTask& t) {
   if (t.quantization.step != 0.0f) return LookupRows<0, true>(t);
+  if (t.scratch.entries != nullptr) return t.dim == 128 ? LookupSamples<128>(t) : LookupSamples<0>(t);
   LookupFor(t.dim)(t);
 }
 

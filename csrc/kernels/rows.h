@@ -28,6 +28,18 @@ struct Quantization {
   float min = 0, max = 0, step = 0;
 };
 
+// What the entries of a SparseCore are put in the order of their samples in.
+struct SampleScratch {
+  struct Entry {
+    uint32_t row;  // Of the table.
+    float gain;
+  };
+  Entry* entries = nullptr;  // [count]
+  int64_t count = 0;         // At least the number of entries.
+  uint32_t* ends = nullptr;  // [num_samples + 1]
+  float* sum = nullptr;      // [dim]
+};
+
 // out[sample] = sum over the entries of the sample of gain * table[partition * partition_stride + id]
 struct LookupTask {
   const Entries* minibatches;  // [num_minibatches]
@@ -40,6 +52,9 @@ struct LookupTask {
   float* out;  // [num_samples, dim]
   int64_t num_samples;
   Quantization quantization;
+  // Without entries they are looked up in the order of their rows, which is faster where rows are short or samples have few
+  // entries. The sums are the same: the entries of a sample keep their order.
+  SampleScratch scratch;
 };
 
 // What is done to a row whatever its rule: the gradient is clipped, by value and by Euclidean norm; `l2 * row` is added to it;

@@ -1,10 +1,11 @@
 // The row kernels against loops that are too simple to be wrong, on sound entries and on damaged ones.
-#include "kernels/partition_scratch.h"
+#include "kernels/order_scratch.h"
 #include "kernels/rows.h"
 
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -109,11 +110,28 @@ void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, in
   std::vector<float> got(sparsecores * batch.samples * dim, 99.0f), wanted(got.size(), 0.0f);
   std::vector<Entries> entries;
   for (int64_t s = 0; s < batch.sources; ++s) entries.push_back(batch.Of(s));
+  std::vector<float> in_order_of_samples = got, sum(dim);
+  std::vector<embax::SampleScratch::Entry> scratch(minibatches * batch.capacity);
+  std::vector<uint32_t> ends(batch.samples + 1);
   for (int64_t s = 0; s < sparsecores; ++s) {
-    kernels.lookup(LookupTask{entries.data() + s * minibatches, minibatches, batch.partitions, table.data(), batch.rows, batch.rows,
-                              dim, got.data() + s * batch.samples * dim, batch.samples, {}});
+    LookupTask task{entries.data() + s * minibatches, minibatches, batch.partitions, table.data(), batch.rows, batch.rows,
+                    dim, got.data() + s * batch.samples * dim, batch.samples, {}, {}};
+    kernels.lookup(task);
+    task.out = in_order_of_samples.data() + s * batch.samples * dim;
+    task.scratch = {scratch.data(), static_cast<int64_t>(scratch.size()), ends.data(), sum.data()};
+    kernels.lookup(task);
+    LookupTask chosen = task;
+    chosen.scratch = {};
+    embax::LookupScratch::OfThread().Serve(chosen, batch.partitions * batch.rows);
+    kernels.lookup(chosen);
+    // Too little memory, as if arrays had changed meanwhile, loses entries.
+    task.scratch.count = 1;
+    task.out = got.data();
+    if (damaged) kernels.lookup(task);
   }
   if (damaged) return;  // The sanitizers and the end of this process tell whether memory was left.
+  Expect(std::memcmp(got.data(), in_order_of_samples.data(), got.size() * sizeof(float)) == 0,
+         "lookups in the order of rows and of samples, bit for bit, " + std::to_string(dim) + " columns");
   ForEachEntry(batch, [&](int64_t s, int64_t p, int32_t id, int32_t sample, float gain) {
     for (int64_t i = 0; i < dim; ++i) {
       wanted[(s / minibatches * batch.samples + sample) * dim + i] += gain * table[(p * batch.rows + id) * dim + i];
