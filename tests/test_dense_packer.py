@@ -7,15 +7,17 @@ import pickle
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import embax
 from embax import _native
 from embax._preprocess.packer import Packer
+from embax.nnx.embed import SparseCoreEmbed
 
 VOCABULARY = 50
 
 
-def place(features=3, **changes):
+def place(features=3, devices=2, **changes):
     tables = [
         embax.TableSpec(
             name=f"t{i}",
@@ -31,7 +33,7 @@ def place(features=3, **changes):
     specs = {
         t.name: embax.FeatureSpec(name=t.name, table_spec=t, input_shape=(16, 4), output_shape=(16, 8)) for t in tables
     }
-    return embax.prepare_feature_specs_for_training(specs, 2, 2)
+    return embax.prepare_feature_specs_for_training(specs, devices, 2)
 
 
 def batch_of(seed, batch=16, valency=4, dtype=np.int32):
@@ -55,7 +57,8 @@ def short(monkeypatch):
 
 
 def in_the_general_way(packer, *args, **kwargs):
-    packer._likewise = None
+    packer._note_needs()
+    packer._likewise = ()
     return packer(*args, **kwargs)
 
 
@@ -169,6 +172,23 @@ def test_batches_of_two_sizes_in_turns(short):
     layouts = [packer(batch_of(1, size)).layout for size in (16, 8, 16, 8)]
     assert layouts[0] is layouts[2]
     assert layouts[1] is layouts[3]
+    assert short[-4:] == [True] * 4
+
+
+@pytest.mark.parametrize("copied", [lambda p: pickle.loads(pickle.dumps(p)), copy.deepcopy])
+def test_packers_can_be_sent_to_other_processes(copied):
+    specs = place()
+    found, expected = Packer(specs), Packer(specs)
+    for ids in (batch_of(n, valency=size) for n, size in enumerate([1, 4, 4, 4, 20])):
+        assert_equal(found(ids), expected(ids))
+        found = copied(found)
+
+
+def test_layers_that_have_packed_can_be_copied():
+    layer = SparseCoreEmbed(place(devices=1), rngs=nnx.Rngs(0))
+    layer.preprocess(batch_of(0))
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_equal(copied.preprocess(batch_of(0)), layer.preprocess(batch_of(0)))
 
 
 @pytest.mark.parametrize(

@@ -44,18 +44,19 @@ class DensePacker {
 
   // Row pointers, ids, samples, gains and counts of a batch; None if it is not of the kind that this packs.
   nb::object Pack(const nb::list& ids, int64_t threads) {
-    embax::PackRequest request = request_;
-    if (ids.size() != request.features.size()) return nb::none();
+    if (ids.size() != request_.features.size()) return nb::none();
     std::vector<ReadOnlyArray> alive(ids.size());  // What the request points into.
     for (size_t i = 0; i < alive.size(); ++i) {
       // Exactly NumPy's arrays: a masked one, say, is more than its memory.
       if (ids[i].type().ptr() != array_type_.ptr()) return nb::none();
       if (!nb::try_cast<ReadOnlyArray>(ids[i], alive[i], /*convert=*/false)) return nb::none();
-      embax::PackFeature& feature = request.features[i];
-      feature.wide_ids = alive[i].dtype() == nb::dtype<int64_t>();
-      if (!feature.wide_ids && alive[i].dtype() != nb::dtype<int32_t>()) return nb::none();
-      if (alive[i].ndim() != 2 || static_cast<int64_t>(alive[i].shape(0)) != feature.batch) return nb::none();
-      SetDenseIds(feature, alive[i]);
+      if (alive[i].dtype() != nb::dtype<int64_t>() && alive[i].dtype() != nb::dtype<int32_t>()) return nb::none();
+      if (alive[i].ndim() != 2 || static_cast<int64_t>(alive[i].shape(0)) != request_.features[i].batch) return nb::none();
+    }
+    embax::PackRequest request = request_;
+    for (size_t i = 0; i < alive.size(); ++i) {
+      request.features[i].wide_ids = alive[i].dtype() == nb::dtype<int64_t>();
+      SetDenseIds(request.features[i], alive[i]);
     }
     const EmptyArrays empty(row_pointers_, entries_);
     embax::PackTarget target = {placements_, empty.pointers};

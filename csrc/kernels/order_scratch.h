@@ -40,7 +40,7 @@ class PartitionScratch {
   Buffer<float> sum_;
 };
 
-// The same for lookups in the order of samples.
+// Memory of one thread for lookups in the order of samples.
 class LookupScratch {
  public:
   static LookupScratch& OfThread() {
@@ -60,7 +60,8 @@ class LookupScratch {
       return;
     }
     entries_.Shrink(int64_t{8} << 20);
-    task.scratch = {entries_.Reserve(count), count, ends_.Reserve(task.num_samples + 1), sum_.Reserve(task.dim)};
+    uint32_t* const starts = places_.Reserve(2 * task.num_samples + 1);
+    task.scratch = {entries_.Reserve(count), count, starts, starts + task.num_samples + 1, sum_.Reserve(task.dim)};
   }
 
  private:
@@ -73,7 +74,7 @@ class LookupScratch {
   }
 
   Buffer<SampleScratch::Entry> entries_;
-  Buffer<uint32_t> ends_;
+  Buffer<uint32_t> places_;
   Buffer<float> sum_;
 };
 

@@ -61,8 +61,9 @@ void LookupRows(const LookupTask& t) {
 }
 
 // Puts the entries that name rows and samples which exist in the order of their samples: behind this those of a sample lie between
-// the end of the one before it and its own.
-inline void OrderSamples(const LookupTask& t) {
+// its start and its end. False if there are more of them than said. If somebody changes the arrays meanwhile, which are gone
+// through twice, entries are lost, no more.
+inline bool OrderSamples(const LookupTask& t) {
   const SampleScratch& scratch = t.scratch;
   const auto for_each = [&](auto use) __attribute__((always_inline)) {
     for (int64_t m = 0; m < t.num_minibatches; ++m) {
@@ -79,32 +80,38 @@ inline void OrderSamples(const LookupTask& t) {
       }
     }
   };
-  std::memset(scratch.ends, 0, sizeof(uint32_t) * (t.num_samples + 1));
-  for_each([&](int32_t sample, int64_t, float) __attribute__((always_inline)) { ++scratch.ends[sample + 1]; });
-  for (int64_t sample = 0; sample < t.num_samples; ++sample) scratch.ends[sample + 1] += scratch.ends[sample];
+  std::memset(scratch.starts, 0, sizeof(uint32_t) * (t.num_samples + 1));
+  for_each([&](int32_t sample, int64_t, float) __attribute__((always_inline)) { ++scratch.starts[sample + 1]; });
+  for (int64_t sample = 0; sample < t.num_samples; ++sample) {
+    scratch.ends[sample] = scratch.starts[sample];
+    scratch.starts[sample + 1] += scratch.starts[sample];
+  }
+  if (scratch.starts[t.num_samples] > scratch.count) return false;
   for_each([&](int32_t sample, int64_t row, float gain) __attribute__((always_inline)) {
-    // Whoever changes the arrays meanwhile gets wrong sums, no more.
-    if (scratch.ends[sample] >= scratch.count) return;
-    scratch.entries[scratch.ends[sample]++] = {static_cast<uint32_t>(row), gain};
+    const uint32_t place = scratch.ends[sample];
+    if (place == scratch.starts[sample + 1]) return;
+    scratch.entries[place] = {static_cast<uint32_t>(row), gain};
+    scratch.ends[sample] = place + 1;
   });
+  return true;
 }
 
 template <int kDim>
 void LookupSamples(const LookupTask& t) {
-  OrderSamples(t);
+  if (!OrderSamples(t)) return LookupRows<kDim, false>(t);
   const int64_t dim = Length<kDim>(t.dim);
   const SampleScratch::Entry* const entries = t.scratch.entries;
-  const int64_t num_entries = t.num_samples > 0 ? t.scratch.ends[t.num_samples - 1] : 0;
+  const int64_t num_entries = t.scratch.starts[t.num_samples];
   const auto prefetch = [&](int64_t e) __attribute__((always_inline)) {
     if (e < num_entries) PrefetchRow<kDim>(t.table + entries[e].row * dim, dim);
   };
   for (int64_t e = 0; e < kPrefetchAhead; ++e) prefetch(e);
   float of_constant_length[kDim > 0 ? kDim : 1];  // Which the compiler keeps in registers.
   float* __restrict const sum = kDim > 0 ? of_constant_length : t.scratch.sum;
-  for (int64_t sample = 0, e = 0; sample < t.num_samples; ++sample) {
+  for (int64_t sample = 0; sample < t.num_samples; ++sample) {
     EMBAX_SIMD_LOOP
     for (int64_t i = 0; i < dim; ++i) sum[i] = 0;
-    for (; e < t.scratch.ends[sample]; ++e) {
+    for (int64_t e = t.scratch.starts[sample]; e < t.scratch.ends[sample]; ++e) {
       prefetch(e + kPrefetchAhead);
       const float* __restrict row = t.table + entries[e].row * dim;
       const float gain = entries[e].gain;

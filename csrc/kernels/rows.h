@@ -34,10 +34,11 @@ struct SampleScratch {
     uint32_t row;  // Of the table.
     float gain;
   };
-  Entry* entries = nullptr;  // [count]
-  int64_t count = 0;         // At least the number of entries.
-  uint32_t* ends = nullptr;  // [num_samples + 1]
-  float* sum = nullptr;      // [dim]
+  Entry* entries = nullptr;    // [count]
+  int64_t count = 0;           // At least the number of entries.
+  uint32_t* starts = nullptr;  // [num_samples + 1]
+  uint32_t* ends = nullptr;    // [num_samples]
+  float* sum = nullptr;        // [dim]
 };
 
 // out[sample] = sum over the entries of the sample of gain * table[partition * partition_stride + id]

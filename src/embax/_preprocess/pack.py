@@ -44,8 +44,10 @@ class _Call(NamedTuple):
         )
 
 
-_latest: _Call | None = None
-"""The latest call: most are like the one before."""
+_MAX_CALLS = 4
+
+_latest: tuple[_Call, ...] = ()
+"""The latest calls that differed: most are like one before."""
 
 
 def _packer_for(specs: Any, **options: Any) -> Packer:
@@ -57,8 +59,9 @@ def _packer_for(specs: Any, **options: Any) -> Packer:
     global _latest
     leaves, treedef = jax.tree.flatten(specs)
     change, latest = last_change(), _latest
-    if latest is not None and latest.is_like(change, options.values(), leaves, treedef):
-        return latest.packer
+    for call in latest:
+        if call.is_like(change, options.values(), leaves, treedef):
+            return call.packer
     parts: list[Any] = []
     for leaf in leaves:
         if not isinstance(leaf, FeatureSpec):
@@ -75,7 +78,8 @@ def _packer_for(specs: Any, **options: Any) -> Packer:
         while len(_packers) >= _MAX_KEPT:
             _packers.pop(next(iter(_packers), None), None)
         known = _packers.setdefault(key, (Packer(specs, **options), parts))
-    _latest = _Call(change, list(options.values()), leaves, treedef, known[0])
+    call = _Call(change, list(options.values()), leaves, treedef, known[0])
+    _latest = (call, *[other for other in latest if other.change == change][: _MAX_CALLS - 1])
     return known[0]
 
 

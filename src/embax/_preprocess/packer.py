@@ -38,6 +38,9 @@ _VALIDATIONS = {"raise": 0, "drop": 1, "trust": 2}
 _MAX_KEPT = 32
 """Layouts that a packer keeps for the next batch."""
 
+_MAX_LIKEWISE = 4
+"""Of so many sizes dense batches are packed in the short way."""
+
 
 def num_threads() -> int:
     """Threads that pack: `EMBAX_NUM_THREADS`, else as many as this process may run on.
@@ -167,8 +170,13 @@ class Packer:
         self._order = np.array([feature.leaf for stack in plan.stacks for feature in stack.features])
         self._names = [stack.name for stack in plan.stacks]
         self._targets: dict[Any, _Target] = {}
-        self._likewise: tuple[_Target, _native.DensePacker] | None = None
-        """Where the latest batch was written, and what packs others like it."""
+        self._likewise: tuple[tuple[_Target, _native.DensePacker], ...] = ()
+        """Where dense batches were written, the latest first, and what packs others like them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What packs in the short way does not go to other processes.
+        self._note_needs()
+        return self.__dict__ | {"_likewise": ()}
 
     def __call__(self, ids: Any, weights: Any = None, *, batch_number: int | None = None) -> PreprocessedInput:
         """Packs one batch, also inside jit; arguments, result and errors are those of `embax.preprocess`."""
@@ -199,15 +207,15 @@ class Packer:
         if any(map(is_traced, itertools.chain(*leaves))):
             return pack_traced(self.plan, self._features, *leaves)
         if not self.enable_minibatching:
-            if self._likewise is not None:
-                self._limits.note(self._likewise[1].needs.reshape(-1, 3))
+            self._note_needs()
             batch, target = self._sort(*leaves, threads)
             counts = Counts.of(batch, len(self._names), minibatched=False)
             if problem := self._limits.problem(counts):
                 raise problem
             target = self._fitting(target, self._limits.fit(counts))
             packed = self._finish(batch, target, counts, None, threads)
-            self._expect_likewise(target)
+            if weights is None and all(type(leaf) is np.ndarray and leaf.ndim == 2 for leaf in leaves[0]):
+                self._expect_likewise(target)
             return packed
         agreement = Agreement(self._all_reduce, batch_number)
         try:
@@ -220,10 +228,10 @@ class Packer:
         return self._finish(batch, self._fitting(target, limits), counts, number, threads)
 
     def _expect_likewise(self, target: "_Target") -> None:
-        """Expects batches of the sizes and within the limits of a target: those that are dense are packed in a short way."""
+        """Expects more dense batches of the sizes and within the limits of a target, to be packed in the short way."""
         plan, layout = self.plan, target.layout
         plain = not self.has_leading_dimension and "drop" not in (self.limits, self.validation)
-        if not plain or (self._likewise is not None and self._likewise[0].layout is layout):
+        if not plain or any(known.layout is layout for known, _ in self._likewise):
             return
         packer = _native.DensePacker(
             self._feature_table,
@@ -239,19 +247,26 @@ class Packer:
             self.num_local_devices * layout.row_pointers_per_device,
             self.num_local_devices * layout.entries_per_device,
         )
-        self._likewise = (target, packer)
+        self._note_needs()
+        current = [known for known in self._likewise if known[0].limits is target.limits]
+        self._likewise = ((target, packer), *current[: _MAX_LIKEWISE - 1])
+
+    def _note_needs(self) -> None:
+        for _, packer in self._likewise:
+            self._limits.note(packer.needs.reshape(-1, 3))
 
     def _pack_likewise(self, ids: Any) -> PreprocessedInput | None:
         """Packs dense ids without weights if they are like a batch before. None says that this cannot be done, or not so."""
         likewise = self._likewise
-        if likewise is None or likewise[0].limits is not self._limits.current:
+        if not likewise or likewise[0][0].limits is not self._limits.current:
             return None
-        packed = likewise[1].pack(flatten_like(self._skeleton, self._treedef, ids, "ids"), num_threads())
-        if packed is None:
-            return None
-        row_pointers, embedding_ids, sample_ids, gains, counts = packed
-        stats = SparseDenseMatmulInputStats.of_counts(self._names, counts)
-        return PreprocessedInput(row_pointers, embedding_ids, sample_ids, gains, likewise[0].layout, stats=stats)
+        leaves, threads = flatten_like(self._skeleton, self._treedef, ids, "ids"), num_threads()
+        for target, packer in likewise:
+            if (packed := packer.pack(leaves, threads)) is not None:
+                row_pointers, embedding_ids, sample_ids, gains, counts = packed
+                stats = SparseDenseMatmulInputStats.of_counts(self._names, counts)
+                return PreprocessedInput(row_pointers, embedding_ids, sample_ids, gains, target.layout, stats=stats)
+        return None
 
     def eval_shape(self) -> PreprocessedInput:
         """What `embax.eval_preprocess_shape` returns."""
