@@ -47,7 +47,7 @@ class Trial(NamedTuple):
 
     @property
     def of_fastest(self) -> float:
-        """The same ratio, of the fastest steps of each: other load of the machine delays the two sides in different ways."""
+        """The same ratio, of the fastest turns of each: other load of the machine delays the two sides in different ways."""
         return min(self.peer) / min(self.embax)
 
     def rate(self, times: list[float]) -> float:
@@ -92,7 +92,7 @@ def describe(setting: ModelSetting) -> str:
 
 def report(trials: list[Trial], rounds: int) -> str:
     """The measurements as Markdown."""
-    heads = ["model", "embax, samples/s", f"{PEER.title}, samples/s", f"embax / {PEER.title}", "of fastest steps"]
+    heads = ["model", "embax, samples/s", f"{PEER.title}, samples/s", f"embax / {PEER.title}", "of fastest turns"]
     rows = []
     for trial in trials:
         rates = [f"{trial.rate(times):,.0f}" for times in (trial.embax, trial.peer)]
@@ -111,12 +111,13 @@ def report(trials: list[Trial], rounds: int) -> str:
         f"{PEER.title}: eager, FBGEMM's tables, whose backward pass updates them, and PyTorch's layers; ids, offsets and tensors",
         "are made beforehand. The gradient of the products of vectors is written by hand on both sides, which is faster on both",
         "than automatic differentiation, and both let the C library keep memory from step to step. Each side runs in a process",
-        f"of its own, on as many threads as there are cores. They take {TURNS} that waits for",
-        f"the last of them, for up to {rounds} rounds; times are medians, a ratio is the median of the rounds' ratios, with its",
-        "range, and above 1",
-        "where embax is faster; the ratio of each side's fastest steps stands beside it, as other load of the machine delays the",
+        f"of its own, on as many threads as there are cores. They take {TURNS}, for",
+        f"up to {rounds} rounds; times are medians, a ratio is the median of the rounds' ratios, with its range, and above 1",
+        "where embax is faster; the ratio of each side's fastest turns stands beside it, as other load of the machine delays the",
         f"two in different ways. First the losses of {len(CHECKED_BATCHES)} steps are checked to agree to {TOLERANCE:g}.",
-        "Not shown: packing in another thread, which hides it; `torch.compile`; dropout, whose masks would differ.",
+        "A loop waits for its last step alone: JAX computes a step while Python packs the batch of the next one, so the parts",
+        "below add up to more than a step.",
+        "Not shown: `torch.compile`; dropout, whose masks would differ.",
         "",
         f"Machine: {machine()}; {versions([PEER])}.",
         "",

@@ -24,7 +24,6 @@ TURNS = f"turns, each a loop of up to {STEPS_OF_A_TURN} steps"
 """What `alternate` does, for readers."""
 TURN_MS = 500.0
 """A turn takes about so long at most, unless a single step takes longer."""
-STEPS_OF_A_PROCESS = 8
 SETS_OF_PROCESSES = 2
 """A process may get memory from the system that is slow for all of its life, so a comparison is of several processes a side."""
 ENOUGH_S = 15.0
@@ -185,8 +184,9 @@ def alternate(sides: list[SideProcess], rounds: int) -> list[list[float]]:
     Of slow steps a turn has fewer.
     """
     times: list[list[float]] = [[] for _ in sides]
-    counts = [1] * len(sides)
-    start, number = time.monotonic(), 0
+    number = 1
+    counts = [max(1, min(STEPS_OF_A_TURN, int(TURN_MS / side.loop(number, count=1, untimed=1)))) for side in sides]
+    start = time.monotonic()
     for turn in range(rounds):
         if turn >= FEWEST_ROUNDS and time.monotonic() - start > ENOUGH_S:
             break
@@ -194,7 +194,6 @@ def alternate(sides: list[SideProcess], rounds: int) -> list[list[float]]:
             time.sleep(PAUSE_S)
             untimed = min(WARM_STEPS, counts[place])
             times[place].append(side.loop(number + untimed, count=counts[place], untimed=untimed))
-            counts[place] = max(1, min(STEPS_OF_A_TURN, int(TURN_MS / times[place][-1])))
         number += STEPS_OF_A_TURN
     return times
 
@@ -221,20 +220,18 @@ def together(peers: list[SideProgram], setting: Setting, ids: np.ndarray, rounds
     for number in range(min(SETS_OF_PROCESSES, rounds)):
         with running(*((program, setting) for program in programs)) as sides:
             results = [observed(side, ids) for side in sides]
-            equal = [
-                compare(side.program.title, results[0], result, side.fault)
-                for side, result in zip(sides, results, strict=True)
-            ]
+            for place, (side, result) in enumerate(zip(sides, results, strict=True)):
+                equal[place] &= compare(side.program.title, results[0], result, side.fault)
             rounds_of_set = rounds // SETS_OF_PROCESSES + (number < rounds % SETS_OF_PROCESSES)
             for place, of_turns in enumerate(alternate(sides, rounds_of_set)):
                 times[place] += of_turns
             firsts = [result.first_step_s for result in results]
-            peaks = [side.memory()["peak"] for side in sides]
+            peaks = [max(peak, side.memory()["peak"]) for peak, side in zip(peaks, sides, strict=True)]
     return trials_of(peers, times, firsts, peaks, equal)
 
 
 def in_turns(peers: list[SideProgram], setting: Setting, ids: np.ndarray, rounds: int) -> dict[str, Trial]:
-    """Processes of embax and of peers that take turns: each is started, warmed, timed and stopped, in each of some rounds."""
+    """Processes of embax and of peers that take turns: each is started, warmed, timed by one loop and stopped, in each set."""
     programs = [EMBAX, *peers]
     times: list[list[float]] = [[] for _ in programs]
     firsts, peaks, equal = [0.0] * len(programs), [0.0] * len(programs), [True] * len(programs)
@@ -244,9 +241,9 @@ def in_turns(peers: list[SideProgram], setting: Setting, ids: np.ndarray, rounds
             with running((program, setting)) as (side,):
                 result = observed(side, ids)
                 expected = expected or result
-                equal[place] = compare(program.title, expected, result, side.fault)
-                times[place].append(side.loop(WARM_STEPS, count=min(STEPS_OF_A_PROCESS, rounds), untimed=WARM_STEPS))
-                firsts[place], peaks[place] = result.first_step_s, side.memory()["peak"]
+                equal[place] &= compare(program.title, expected, result, side.fault)
+                times[place].append(side.loop(WARM_STEPS, count=STEPS_OF_A_TURN, untimed=WARM_STEPS))
+                firsts[place], peaks[place] = result.first_step_s, max(peaks[place], side.memory()["peak"])
     return trials_of(peers, times, firsts, peaks, equal)
 
 
