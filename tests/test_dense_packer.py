@@ -165,6 +165,19 @@ def test_limits_grow_as_they_do_in_the_general_way(short):
     assert 3 < short[::2].count(True) < len(sizes)
 
 
+def test_what_was_packed_in_the_short_way_counts_when_limits_grow(short):
+    few = np.zeros((16, 1), np.int32)
+    many_distinct = np.tile(np.arange(24, dtype=np.int32) % 20 * 2, 2).reshape(16, 3)
+    many_ids = np.tile(np.arange(12, dtype=np.int32) * 2, (16, 1))
+    specs = place(features=1, devices=1)
+    found, expected = Packer(specs), Packer(specs)
+    for ids in (few, many_distinct, many_ids):
+        assert_equal(found({"t0": ids}), in_the_general_way(expected, {"t0": ids}))
+        np.testing.assert_array_equal(found._limits.current, expected._limits.current)
+    assert short[::2] == [False, True, False]
+    assert found._limits.current[0, 1] >= 20 + 20 // 4 + 32
+
+
 def test_batches_of_two_sizes_in_turns(short):
     packer = Packer(place())
     for size in (16, 8, 16, 16, 8, 8):

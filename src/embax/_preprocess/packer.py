@@ -163,11 +163,18 @@ class Packer:
         self._spec_batches = tuple(map(sample_count, leaves))
         self._skeleton = self._treedef.unflatten([leaf.name for leaf in leaves])
         self._features = sorted((f for stack in plan.stacks for f in stack.features), key=lambda feature: feature.leaf)
-        self._feature_table = np.array([(f.table.vocabulary_size, f.col_offset, f.col_shift) for f in self._features])
-        self._stack_table = np.array(
-            [(COMBINERS.index(s.spec.combiner), s.spec.stack_vocab_size, len(s.features)) for s in plan.stacks]
+        self._request = (
+            np.array([(f.table.vocabulary_size, f.col_offset, f.col_shift) for f in self._features]),
+            np.array(
+                [(COMBINERS.index(s.spec.combiner), s.spec.stack_vocab_size, len(s.features)) for s in plan.stacks]
+            ),
+            np.array([feature.leaf for stack in plan.stacks for feature in stack.features]),
+            self.num_local_devices,
+            plan.num_sparsecores_per_device,
+            plan.num_sparsecores,
+            _VALIDATIONS[validation],
         )
-        self._order = np.array([feature.leaf for stack in plan.stacks for feature in stack.features])
+        """What native code is told of every batch: features, stacks, the features of the stacks, and so on."""
         self._names = [stack.name for stack in plan.stacks]
         self._targets: dict[Any, _Target] = {}
         self._likewise: tuple[tuple[_Target, _native.DensePacker], ...] = ()
@@ -229,18 +236,12 @@ class Packer:
 
     def _expect_likewise(self, target: "_Target") -> None:
         """Expects more dense batches of the sizes and within the limits of a target, to be packed in the short way."""
-        plan, layout = self.plan, target.layout
+        layout = target.layout
         plain = not self.has_leading_dimension and "drop" not in (self.limits, self.validation)
         if not plain or any(known.layout is layout for known, _ in self._likewise):
             return
         packer = _native.DensePacker(
-            self._feature_table,
-            self._stack_table,
-            self._order,
-            self.num_local_devices,
-            plan.num_sparsecores_per_device,
-            plan.num_sparsecores,
-            _VALIDATIONS[self.validation],
+            *self._request,
             np.array(target.batch_sizes),
             target.placements,
             target.limits,
@@ -298,7 +299,6 @@ class Packer:
 
     def _sort(self, ids: list[Any], weights: list[Any], threads: int) -> tuple[_native.SortedBatch, "_Target"]:
         """The sorted batch, and where it is written if no limit changes; where one cannot be, it is written there already."""
-        plan = self.plan
         leaves = list(map(read_feature, self._features, ids, weights))
         target = self._target(self._batch_sizes(leaves), self._limits.current)
         expected = None
@@ -309,19 +309,13 @@ class Packer:
             [leaf.ids for leaf in leaves],
             [leaf.weights for leaf in leaves],
             [leaf.row_splits for leaf in leaves],
-            self._feature_table,
-            self._stack_table,
-            self._order,
-            self.num_local_devices,
-            plan.num_sparsecores_per_device,
-            plan.num_sparsecores,
-            _VALIDATIONS[self.validation],
+            *self._request,
             self.limits == "drop",
             threads,
             expected,
         )
         if isinstance(batch, tuple):
-            raise fault_error(plan, leaves, Fault(*batch))
+            raise fault_error(self.plan, leaves, Fault(*batch))
         return batch, target
 
     def _finish(
