@@ -159,7 +159,7 @@ def test_tables_of_rank_1_are_columns(backend):
     specs = embax.prepare_feature_specs_for_training(features, 1, 2)
     plan = make_plan(specs)
     packed = embax.preprocess(dict.fromkeys(specs, np.random.default_rng(0).integers(0, 20, (8, 2))), specs=specs)
-    geometry = make_geometry(plan, packed)
+    geometry = make_geometry(plan, packed).without_features()
     variables = embax.init_embedding_variables(jax.random.key(0), specs)
     states = [tuple(jax.tree.leaves(variables[stack.name])) for stack in plan.stacks]
     vectors = [tuple(array[:, 0] if array.ndim == 2 else array.copy() for array in state) for state in states]
@@ -168,8 +168,8 @@ def test_tables_of_rank_1_are_columns(backend):
 
     @functools.partial(jax.jit, donate_argnums=1)
     def step(packed, states, gradient):
-        found = lookup_stacks(packed, [state[0] for state in states], geometry)
-        return found, update_stacks(packed, [gradient] * len(states), states, found, geometry, jnp.int32(1))
+        found = [array for (array,) in lookup_stacks(packed, [state[0] for state in states], geometry)]
+        return found, update_stacks(packed, [[gradient]] * len(states), states, found, geometry, jnp.int32(1))
 
     with embax.use_backend(backend):
         memory = step.lower(packed, vectors, gradient).compile().memory_analysis()

@@ -180,6 +180,65 @@ def test_stacked_tables_train_as_they_do_alone(num_sparsecores, backend):
     jax.tree.map(same, (activations, tables), (other_activations, other_tables))
 
 
+def several_features(dim, narrow=False):
+    """Features of three tables: some share one, samples and tables are in different orders, batches of different sizes."""
+    tables = {
+        name: oracle.table_spec(name, vocabulary, dim, optimizer=embax.AdagradOptimizerSpec(0.1))
+        for name, vocabulary in (("a", 40), ("b", 7), ("c", 100))
+    }
+    batches = {"b1": ("b", 9), "c1": ("c", 1), "a1": ("a", 8), "c2": ("c", 13), "b2": ("b", 2)}
+    features = {
+        name: oracle.feature_spec(name, tables[table], batch=batch, valency=6) for name, (table, batch) in batches.items()
+    }
+    if narrow:
+        features["a1"] = oracle.feature_spec("a1", tables["a"], 8, 6, output_shape=(8, dim - 3))
+    return features
+
+
+@pytest.mark.parametrize("num_sparsecores", [1, 3, 4])
+@pytest.mark.parametrize(("dim", "narrow"), [(8, False), (8, True), (128, False)])
+def test_features_of_a_stack_train_as_they_do_alone(num_sparsecores, dim, narrow):
+    rng = np.random.default_rng(0)
+    vocabularies = {name: spec.table_spec.vocabulary_size for name, spec in several_features(8).items()}
+    shapes = {name: spec.input_shape for name, spec in several_features(8).items()}
+    ids = {name: rng.integers(-1, vocabulary, shapes[name]) for name, vocabulary in vocabularies.items()}
+    results = []
+    for place in (embax.prepare_feature_specs_for_training, embax.auto_stack_tables):
+        specs = several_features(dim, narrow)
+        place(specs, 1, num_sparsecores)
+        variables = embax.init_embedding_variables(jax.random.key(0), specs)
+        before = oracle.tables_of(variables, specs)
+        packed = embax.preprocess(ids, specs=specs)
+        activations = embax.lookup(packed, variables, specs=specs)
+        variables = embax.apply_gradients(activations, packed, variables, specs=specs)
+        results.append((activations, oracle.tables_of(variables, specs)))
+        assert len(variables) == (3 if place is embax.prepare_feature_specs_for_training else 1)
+    for name, spec in specs.items():
+        wanted = oracle.lookup(before[spec.table_spec.name][0], ids[name], "sum")[:, : spec.output_shape[1]]
+        np.testing.assert_allclose(activations[name], wanted, rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_activations_and_gradients_of_stacked_features_are_not_copied():
+    temporary = []
+    for place in (embax.prepare_feature_specs_for_training, embax.auto_stack_tables):
+        _, specs = tables_and_features(40, 7, 100, batch=4096)
+        place(specs, 1, 4)
+        variables = embax.init_embedding_variables(jax.random.key(0), specs)
+        packed = embax.preprocess([np.zeros((4096, 3), np.int32)] * 3, specs=specs, limits="grow")
+
+        @functools.partial(jax.jit, donate_argnames="variables")
+        def step(variables, packed, specs=specs):
+            activations = embax.lookup(packed, variables, specs=specs)
+            gradients = jax.tree.map(lambda activation: activation * 2, activations)
+            return embax.apply_gradients(gradients, packed, variables, specs=specs, activations=activations)
+
+        compiled = step.lower(variables, packed).compile()
+        assert re.search(r"= f32\[[0-9,]*\d{4}\S* (concatenate|copy|slice)\(", compiled.as_text()) is None
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert temporary[1] <= temporary[0] + 1024
+
+
 def test_limits_of_stacks_name_the_remedy_that_works():
     _, features = tables_and_features(4000, 4000, batch=2000)
     embax.auto_stack_tables(features)

@@ -42,9 +42,9 @@ void AdviseFor(std::vector<Columns> activations) {
   AdviseHugePages(begin, end);
 }
 
-// Divides the activations of all stacks, `parts` of each, among tasks: the first part of each task, and the number of all. A thread
-// clears a new page that it touches, even while another one clears it too. So where there are many pages for each thread, and
-// parts are smaller, those that begin in one page are one task.
+// Divides activations, `parts` of each, among tasks: the first part of each task, and the number of all. A thread clears a new page
+// that it touches, even while another one clears it too. So where there are many pages for each thread, and parts are smaller,
+// those that begin in one page are one task.
 std::vector<int64_t> FirstOfPages(const std::vector<Columns>& activations, int64_t parts, int64_t threads) {
   constexpr int64_t kPagesPerThread = 8;
   int64_t bytes = 0;
@@ -64,92 +64,164 @@ std::vector<int64_t> FirstOfPages(const std::vector<Columns>& activations, int64
   return firsts;
 }
 
+// The arrays of the features of all stacks, one after the other among some buffers.
+class StackFeatures {
+ public:
+  template <typename Buffers>
+  StackFeatures(const Buffers& buffers, const PackedBatch& batch, Int64Span num_features) {
+    problem_ = Read(buffers, batch, num_features);
+  }
+
+  const std::string& problem() const { return problem_; }
+  // The first feature of a stack; that of the stack behind the last is the number of all.
+  int64_t first(int64_t k) const { return firsts_[k]; }
+  int64_t count(int64_t k) const { return firsts_[k + 1] - firsts_[k]; }
+  int64_t columns(int64_t k) const { return arrays_[firsts_[k]].columns; }
+  const FeatureRows* rows(int64_t feature) const { return &rows_[feature]; }
+  const std::vector<Columns>& arrays() const { return arrays_; }
+
+ private:
+  template <typename Buffers>
+  std::string Read(const Buffers& buffers, const PackedBatch& batch, Int64Span num_features) {
+    if (static_cast<int64_t>(num_features.size()) != batch.num_stacks()) return "the features of each stack are expected";
+    firsts_.push_back(0);
+    for (int64_t k = 0; k < batch.num_stacks(); ++k) {
+      const std::string stack = "stack " + std::to_string(k);
+      const int64_t left = static_cast<int64_t>(buffers.size()) - firsts_.back();
+      if (num_features[k] < 1 || num_features[k] > left) return stack + " lacks arrays of its features";
+      firsts_.push_back(firsts_.back() + num_features[k]);
+      int64_t samples = 0;
+      for (int64_t feature = firsts_[k]; feature < firsts_[k + 1]; ++feature) {
+        const Columns array = Columns::Of(buffers, feature);
+        if (array.data == nullptr) return "the arrays of features must be float32 of rank 1 or 2";
+        arrays_.push_back(array);
+        if (array.columns != columns(k)) return "the features of " + stack + " have different columns";
+        const int64_t sparsecores = batch.sparsecores_per_device();
+        rows_.push_back({samples, (array.rows + sparsecores - 1) / sparsecores, array.rows, array.data});
+        samples += rows_.back().samples;
+      }
+      if (samples != batch.stack(k).samples_per_sparsecore) return "the features of " + stack + " have another number of samples";
+    }
+    return "";
+  }
+
+  std::vector<int64_t> firsts_;
+  std::vector<Columns> arrays_;
+  std::vector<FeatureRows> rows_;
+  std::string problem_;
+};
+
 ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int32s samples, Floats gains,
                   Int32s num_minibatches, ffi::RemainingArgs tables, ffi::RemainingRets activations,
                   int64_t num_sparsecores, int64_t sparsecores_per_device, int64_t max_minibatches, Int64Span stacks,
-                  bool gathered, FloatSpan quantization) {
+                  bool gathered, FloatSpan quantization, Int64Span num_features, Int64Span first_rows) {
   const PackedBatch batch(row_pointers, ids, samples, gains, num_minibatches, num_sparsecores, sparsecores_per_device,
                           max_minibatches, stacks);
   if (const std::string problem = batch.Problem(); !problem.empty()) return Invalid(problem);
   const int64_t n = batch.num_stacks();
-  if (static_cast<int64_t>(tables.size()) != n || static_cast<int64_t>(activations.size()) != n ||
-      static_cast<int64_t>(quantization.size()) != 3 * n) {
-    return Invalid("lookup: as many tables and activations as stacks are expected");
+  if (static_cast<int64_t>(tables.size()) != n || static_cast<int64_t>(quantization.size()) != 3 * n) {
+    return Invalid("lookup: as many tables as stacks are expected");
   }
-  std::vector<LookupTask> tasks(n);
-  std::vector<Columns> outs;
+  const StackFeatures features(activations, batch, num_features);
+  if (!features.problem().empty()) return Invalid("lookup: " + features.problem());
+  if (features.first(n) != static_cast<int64_t>(activations.size()) || first_rows.size() != activations.size()) {
+    return Invalid("lookup: a first row, or none, is expected of each feature");
+  }
+  // Features whose rows no others of their stack have.
+  struct Group {
+    int64_t stack;
+    LookupTask task;
+  };
+  std::vector<Group> groups;
+  std::vector<Columns> outs;  // The first of each group.
   int64_t bytes = 0;
   for (int64_t k = 0; k < n; ++k) {
-    const Columns table = Columns::Of(tables, k), out = Columns::Of(activations, k);
-    if (table.data == nullptr || out.data == nullptr) return Invalid("lookup: tables must be float32 of rank 1 or 2");
-    const int64_t samples_per_sparsecore = batch.stack(k).samples_per_sparsecore;
-    if ((!gathered && table.rows % num_sparsecores != 0) ||
-        out.rows != samples_per_sparsecore * sparsecores_per_device || out.columns != table.columns) {
+    const Columns table = Columns::Of(tables, k);
+    if (table.data == nullptr) return Invalid("lookup: tables must be float32 of rank 1 or 2");
+    if ((!gathered && table.rows % num_sparsecores != 0) || features.columns(k) != table.columns) {
       return Invalid("lookup: the shapes of table and activations of stack " + std::to_string(k) + " do not match");
     }
-    LookupTask& t = tasks[k];
+    LookupTask t{};
     t.num_partitions = num_sparsecores;
     t.table = table.data;
     t.rows_per_partition = gathered ? table.rows : table.rows / num_sparsecores;
     t.partition_stride = gathered ? 0 : t.rows_per_partition;
     t.dim = table.columns;
-    t.out = out.data;
-    outs.push_back(out);
-    t.num_samples = samples_per_sparsecore;
     t.quantization = {quantization[3 * k], quantization[3 * k + 1], quantization[3 * k + 2]};
-    bytes += sizeof(float) * t.dim * (batch.NumEntries(k) + out.rows);
+    t.end_row = t.rows_per_partition;
+    const size_t first_group = groups.size();
+    for (int64_t feature = features.first(k); feature < features.first(k + 1); ++feature) {
+      const FeatureRows& rows = *features.rows(feature);
+      const bool begins = feature == features.first(k) || first_rows[feature] >= 0;
+      if (begins) {
+        const int64_t least = groups.size() == first_group ? 0 : groups.back().task.first_row;
+        if (groups.size() > first_group) groups.back().task.end_row = first_rows[feature];
+        t.first_row = groups.size() == first_group ? 0 : first_rows[feature];
+        if (t.first_row < least || t.first_row > t.rows_per_partition) {
+          return Invalid("lookup: the first rows of stack " + std::to_string(k) + " do not ascend within it");
+        }
+        t.first_sample = rows.begin;
+        t.features = &rows;
+        groups.push_back({k, t});
+        outs.push_back(features.arrays()[feature]);
+      }
+      groups.back().task.num_features += 1;
+      groups.back().task.num_samples += rows.samples;
+      bytes += sizeof(float) * t.dim * rows.rows;
+    }
+    bytes += sizeof(float) * t.dim * batch.NumEntries(k);
   }
   const std::vector<int64_t> firsts = FirstOfPages(outs, sparsecores_per_device, NumThreads(threads));
-  AdviseFor(std::move(outs));
+  AdviseFor(features.arrays());
   const RowKernels& kernels = SelectRowKernels();
   return RunTasks(threads, static_cast<int64_t>(firsts.size()) - 1, bytes, [&](int64_t number) {
     for (int64_t part = firsts[number]; part < firsts[number + 1]; ++part) {
-      const int64_t stack = part / sparsecores_per_device, sparsecore = part % sparsecores_per_device;
-      LookupTask t = tasks[stack];
+      const Group& group = groups[part / sparsecores_per_device];
+      LookupTask t = group.task;
+      t.sparsecore = part % sparsecores_per_device;
       std::vector<Entries> minibatches;
-      batch.Append(stack, sparsecore, minibatches);
+      batch.Append(group.stack, t.sparsecore, minibatches);
       t.minibatches = minibatches.data();
       t.num_minibatches = batch.num_minibatches();
-      t.out += sparsecore * t.num_samples * t.dim;
-      LookupScratch::OfThread().Serve(t, Columns::Of(tables, stack).rows);
+      LookupScratch::OfThread().Serve(t, batch.stack(group.stack).samples_per_sparsecore, Columns::Of(tables, group.stack).rows);
       kernels.lookup(t);
     }
   });
 }
 
-// The update of one stack, but for its entries.
+// The update of one stack, but for its entries and gradients.
 struct StackUpdate {
   UpdateTask task;
   const RowRule* rule = nullptr;
 };
 
-// What the update handlers get behind their own operands: gradients, one a stack, are operands[first_gradient + k]; behind
-// them lie table and slots of each stack, then any number that are not read: they order the update after what computes
-// them. Results: tables and slots, in place.
+// What the update handlers get behind their own operands and the gradients: table and slots of each stack from
+// operands[first_state] on, then any number that are not read: they order the update after what computes them. Results: tables
+// and slots, in place.
 class StackUpdates {
  public:
   StackUpdates(const Floats& hyperparameters, const ffi::RemainingArgs& operands, const ffi::RemainingRets& results,
-               int64_t first_gradient, int64_t num_stacks, Int64Span rules, Int64Span num_hyperparameters, FloatSpan options)
-      : updates_(num_stacks) {
-    problem_ = Read(hyperparameters, operands, results, first_gradient, rules, num_hyperparameters, options);
+               int64_t first_state, const std::vector<int64_t>& columns, Int64Span rules, Int64Span num_hyperparameters,
+               FloatSpan options)
+      : updates_(columns.size()) {
+    problem_ = Read(hyperparameters, operands, results, first_state, columns, rules, num_hyperparameters, options);
   }
 
   const std::string& problem() const { return problem_; }
   StackUpdate& operator[](int64_t k) { return updates_[k]; }
-  // Rows of the gradient, and of the table, of a stack.
-  int64_t gradient_rows(int64_t k) const { return gradient_rows_[k]; }
+  // Rows of the table of a stack.
   int64_t table_rows(int64_t k) const { return table_rows_[k]; }
 
  private:
   std::string Read(const Floats& hyperparameters, const ffi::RemainingArgs& operands, const ffi::RemainingRets& results,
-                   int64_t first_gradient, Int64Span rules, Int64Span num_hyperparameters, FloatSpan options) {
+                   int64_t first_state, const std::vector<int64_t>& columns, Int64Span rules, Int64Span num_hyperparameters,
+                   FloatSpan options) {
     const RowKernels& kernels = SelectRowKernels();
     const int64_t n = static_cast<int64_t>(updates_.size());
     if (static_cast<int64_t>(rules.size()) != n || static_cast<int64_t>(num_hyperparameters.size()) != n ||
         static_cast<int64_t>(options.size()) != 6 * n) {
       return "one rule with its options for each stack is expected";
     }
-    const int64_t first_state = first_gradient + n;
     int64_t next_state = 0, next_hyperparameter = 0;
     for (int64_t k = 0; k < n; ++k) {
       const std::string stack = "stack " + std::to_string(k);
@@ -163,11 +235,7 @@ class StackUpdates {
           num_hyperparameters[k] > static_cast<int64_t>(hyperparameters.element_count()) - next_hyperparameter) {
         return stack + " lacks operands or results";
       }
-      const Columns gradient = Columns::Of(operands, first_gradient + k);
-      if (gradient.data == nullptr) return "gradients must be float32 of rank 1 or 2";
-      t.dim = gradient.columns;
-      t.gradient = gradient.data;
-      gradient_rows_.push_back(gradient.rows);
+      t.dim = columns[k];
       for (int slot = 0; slot <= rule.num_slots; ++slot, ++next_state) {
         const Columns before = Columns::Of(operands, first_state + next_state), after = Columns::Of(results, next_state);
         if (before.data == nullptr || after.data == nullptr) return "tables and slots must be float32 of rank 1 or 2";
@@ -191,7 +259,7 @@ class StackUpdates {
   }
 
   std::vector<StackUpdate> updates_;
-  std::vector<int64_t> gradient_rows_, table_rows_;
+  std::vector<int64_t> table_rows_;
   std::string problem_;
 };
 
@@ -199,13 +267,17 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
                   Int32s num_minibatches, Floats hyperparameters, ffi::RemainingArgs operands,
                   ffi::RemainingRets results, int64_t num_sparsecores, int64_t sparsecores_per_device,
                   int64_t max_minibatches, Int64Span stacks, Int64Span rules, Int64Span num_hyperparameters,
-                  FloatSpan options) {
+                  FloatSpan options, Int64Span num_features) {
   const PackedBatch batch(row_pointers, ids, samples, gains, num_minibatches, num_sparsecores, sparsecores_per_device,
                           max_minibatches, stacks);
   if (const std::string problem = batch.Problem(); !problem.empty()) return Invalid(problem);
   if (sparsecores_per_device != num_sparsecores) return Invalid("update: the rows of several devices");
   const int64_t n = batch.num_stacks();
-  StackUpdates updates(hyperparameters, operands, results, 0, n, rules, num_hyperparameters, options);
+  const StackFeatures gradients(operands, batch, num_features);
+  if (!gradients.problem().empty()) return Invalid("update: " + gradients.problem());
+  std::vector<int64_t> columns;
+  for (int64_t k = 0; k < n; ++k) columns.push_back(gradients.columns(k));
+  StackUpdates updates(hyperparameters, operands, results, gradients.first(n), columns, rules, num_hyperparameters, options);
   if (!updates.problem().empty()) return Invalid("update: " + updates.problem());
   // One part of a partition is one task: with so many entries what a thread works in stays in its caches.
   constexpr int64_t kEntriesPerPart = 4096;
@@ -217,13 +289,14 @@ ffi::Error Update(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
   for (int64_t k = 0; k < n; ++k) {
     UpdateTask& t = updates[k].task;
     t.num_samples = batch.stack(k).samples_per_sparsecore;
+    t.gradients = gradients.rows(gradients.first(k));
+    t.num_features = gradients.count(k);
     t.num_minibatches = batch.num_minibatches();
     t.num_sources = num_sparsecores * t.num_minibatches;
     t.rows_per_partition = updates.table_rows(k) / num_sparsecores;
     t.num_parts = std::max<int64_t>(1, batch.NumEntries(k) / (num_sparsecores * kEntriesPerPart));
-    if (updates.gradient_rows(k) != t.num_samples * num_sparsecores ||
-        updates.table_rows(k) != t.rows_per_partition * num_sparsecores) {
-      return Invalid("update: gradient or table of stack " + std::to_string(k) + " have another number of rows");
+    if (updates.table_rows(k) != t.rows_per_partition * num_sparsecores) {
+      return Invalid("update: the table of stack " + std::to_string(k) + " has another number of rows");
     }
     bytes += sizeof(float) * t.dim * batch.NumEntries(k) * (2 + updates[k].rule->num_slots);
     for (int64_t partition = 0; partition < num_sparsecores; ++partition) {
@@ -293,25 +366,34 @@ class SortedRows {
   std::vector<float> gains_;
 };
 
-// Operands: hyperparameters, the rows of each stack, and as StackUpdates says; gradients are those of the rows.
+// Operands: hyperparameters, the rows of each stack, their gradients, and as StackUpdates says.
 ffi::Error ApplyRows(ffi::ThreadPool threads, Floats hyperparameters, ffi::RemainingArgs operands,
                      ffi::RemainingRets results, Int64Span rules, Int64Span num_hyperparameters, FloatSpan options) {
   // Parts that the rows of a stack are divided into, for the threads to share.
   constexpr int64_t kParts = 16;
   const int64_t n = static_cast<int64_t>(rules.size());
-  StackUpdates updates(hyperparameters, operands, results, n, n, rules, num_hyperparameters, options);
-  if (!updates.problem().empty()) return Invalid("apply_rows: " + updates.problem());
   std::vector<Int32s> rows;
-  int64_t bytes = 0;
+  std::vector<FeatureRows> gradients;
+  std::vector<int64_t> columns;
   for (int64_t k = 0; k < n; ++k) {
+    const Columns gradient = Columns::Of(operands, n + k);
+    if (gradient.data == nullptr) return Invalid("apply_rows: gradients must be float32 of rank 1 or 2");
     auto buffer = operands.get<Int32s>(k);
-    if (!buffer.has_value() || static_cast<int64_t>(buffer->element_count()) != updates.gradient_rows(k) ||
-        updates.gradient_rows(k) > INT32_MAX) {
+    if (!buffer.has_value() || static_cast<int64_t>(buffer->element_count()) != gradient.rows || gradient.rows > INT32_MAX) {
       return Invalid("apply_rows: one row for each gradient of stack " + std::to_string(k) + " is expected");
     }
     rows.push_back(*buffer);
+    gradients.push_back({0, gradient.rows, gradient.rows, gradient.data});
+    columns.push_back(gradient.columns);
+  }
+  StackUpdates updates(hyperparameters, operands, results, 2 * n, columns, rules, num_hyperparameters, options);
+  if (!updates.problem().empty()) return Invalid("apply_rows: " + updates.problem());
+  int64_t bytes = 0;
+  for (int64_t k = 0; k < n; ++k) {
     UpdateTask& t = updates[k].task;
-    t.num_samples = updates.gradient_rows(k);
+    t.gradients = &gradients[k];
+    t.num_features = 1;
+    t.num_samples = gradients[k].rows;
     t.num_minibatches = t.num_sources = 1;
     t.num_parts = kParts;
     t.rows_per_partition = updates.table_rows(k);
@@ -355,13 +437,16 @@ ffi::Error Fill(ffi::ThreadPool threads, Floats row, ResultMatrix table) {
 XLA_FFI_DEFINE_HANDLER(kLookup, Guarded<Lookup>::Run,
                        WithLayout(BindPacked().RemainingArgs().RemainingRets())
                            .Attr<bool>("gathered")
-                           .Attr<FloatSpan>("quantization"));
+                           .Attr<FloatSpan>("quantization")
+                           .Attr<Int64Span>("num_features")
+                           .Attr<Int64Span>("first_rows"));
 
 XLA_FFI_DEFINE_HANDLER(kUpdate, Guarded<Update>::Run,
                        WithLayout(BindPacked().Arg<Floats>().RemainingArgs().RemainingRets())
                            .Attr<Int64Span>("rules")
                            .Attr<Int64Span>("num_hyperparameters")
-                           .Attr<FloatSpan>("options"));
+                           .Attr<FloatSpan>("options")
+                           .Attr<Int64Span>("num_features"));
 
 XLA_FFI_DEFINE_HANDLER(kApplyRows, Guarded<ApplyRows>::Run,
                        ffi::Ffi::Bind()

@@ -20,24 +20,26 @@ class PartitionScratch {
   }
 
   // Gives memory to a task, whose other fields are set, for rows of `dim` columns. Throws std::bad_alloc, and std::length_error
-  // for more entries or samples than 32 bits can number.
+  // for more entries than 32 bits can number.
   void Serve(PartitionTask& task, const RowKernels& kernels, int64_t dim = 0) {
     const int64_t entries = kernels.count_entries(task);
-    if (entries >= UINT32_MAX || task.num_samples * (task.num_sources / task.num_minibatches) > UINT32_MAX) {
-      throw std::length_error("a partition has more entries, or a stack more samples, than 2**32 - 2; use smaller batches");
-    }
+    if (entries >= UINT32_MAX) throw std::length_error("a partition has more entries than 2**32 - 2; use smaller batches");
     const int64_t keys = entries + 1;
     Shrink();
     uint64_t* memory = numbers_.Reserve(3 * keys);
-    task.scratch = {memory, memory + keys, memory + 2 * keys, ends_.Reserve(task.num_sources), sum_.Reserve(dim)};
+    float* const floats = floats_.Reserve(keys + dim);
+    task.scratch = {memory, memory + keys, memory + 2 * keys, ends_.Reserve(task.num_sources), floats, floats + keys};
   }
 
  private:
-  void Shrink() { numbers_.Shrink(int64_t{8} << 20); }
+  void Shrink() {
+    numbers_.Shrink(int64_t{8} << 20);
+    floats_.Shrink(int64_t{2} << 20);
+  }
 
   Buffer<uint64_t> numbers_;
   Buffer<uint32_t> ends_;
-  Buffer<float> sum_;
+  Buffer<float> floats_;
 };
 
 // Memory of one thread for lookups in the order of samples.
@@ -48,14 +50,15 @@ class LookupScratch {
     return scratch;
   }
 
-  // Gives memory to a task, whose other fields are set, if that order is the faster one for it. Throws std::bad_alloc.
-  void Serve(LookupTask& task, int64_t table_rows) {
+  // Gives memory to a task, whose other fields are set, if that order is the faster one for its stack, which has so many samples
+  // on a SparseCore. Throws std::bad_alloc.
+  void Serve(LookupTask& task, int64_t samples_per_sparsecore, int64_t table_rows) {
     // The order of rows reads and writes a sum for each entry, rows in a row where they are the same; this one does so for each
     // sample, after entries were moved.
     constexpr int64_t kFewestColumns = 128, kFewestEntriesPerSample = 4;
     int64_t count = 0;
     for (int64_t m = 0; m < task.num_minibatches; ++m) count += MostEntries(task.minibatches[m], task.num_partitions);
-    if (task.dim < kFewestColumns || count < kFewestEntriesPerSample * task.num_samples || count >= UINT32_MAX ||
+    if (task.dim < kFewestColumns || count < kFewestEntriesPerSample * samples_per_sparsecore || count >= UINT32_MAX ||
         table_rows > UINT32_MAX) {
       return;
     }

@@ -175,6 +175,7 @@ ffi::Error RowGradients(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids
   struct Stack {
     Columns gradient, sums;
     int32_t *rows, *ends;
+    FeatureRows gradient_rows{};
   };
   std::vector<Stack> each(n);
   int64_t columns = 1;
@@ -188,6 +189,7 @@ ffi::Error RowGradients(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids
         stack.gradient.rows != batch.stack(k).samples_per_sparsecore * sparsecores_per_device) {
       return Invalid("row_gradients: an operand or a result of stack " + std::to_string(k) + " has a wrong size");
     }
+    stack.gradient_rows = {0, batch.stack(k).samples_per_sparsecore, stack.gradient.rows, stack.gradient.data};
     columns = std::max(columns, stack.gradient.columns);
   }
   if (ffi::Error error = lists.Count(threads); error.failure()) return error;
@@ -204,7 +206,8 @@ ffi::Error RowGradients(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids
       const int64_t start = lists.Starts(stack)[partition.partition];
       SumTask t{};
       static_cast<PartitionTask&>(t) = partition;
-      t.gradient = own.gradient.data;
+      t.gradients = &own.gradient_rows;
+      t.num_features = 1;
       t.dim = own.gradient.columns;
       t.max_rows = lists.count(stack, t.partition);
       t.first_row = lists.FirstRow(t);

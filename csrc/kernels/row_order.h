@@ -20,7 +20,8 @@ struct RowOrder {
   int64_t num_rows, num_entries;
 
   int32_t row(int64_t number) const { return static_cast<int32_t>(keys[starts[number]] >> 32); }
-  uint64_t of(int64_t i) const { return what[static_cast<uint32_t>(keys[i])]; }
+  uint32_t entry(int64_t i) const { return static_cast<uint32_t>(keys[i]); }
+  uint64_t of(int64_t i) const { return what[entry(i)]; }
 };
 
 // Two ascending runs that are being merged.
@@ -67,24 +68,6 @@ inline void MergeRuns(const uint64_t* a, const uint64_t* a_end, const uint64_t* 
   second.Finish();
 }
 
-struct Range {
-  int64_t begin, end;
-
-  int64_t size() const { return end - begin; }
-};
-
-// The first entry of sorted ones with at least this id.
-inline int64_t FirstAtLeast(const int32_t* ids, Range range, int64_t id) {
-  int64_t begin = range.begin;
-  for (int64_t size = range.size(); size > 0;) {
-    const int64_t half = size / 2;
-    const bool below = ids[begin + half] < id;
-    begin += below ? half + 1 : 0;
-    size = below ? size - half - 1 : half;
-  }
-  return begin;
-}
-
 // The entries of a source in a partition.
 inline Range InPartition(const PartitionTask& t, const Entries& entries) {
   const int64_t begin = PartitionBegin(entries, t.partition);
@@ -115,9 +98,7 @@ inline Range RowsOf(const PartitionTask& t) {
 // The entries of a source that name rows of a part.
 inline Range InPart(const PartitionTask& t, const Entries& entries, Range rows) {
   const Range range = InPartition(t, entries);
-  if (t.num_parts == 1) return range;
-  const int64_t begin = FirstAtLeast(entries.ids, range, rows.begin);
-  return {begin, FirstAtLeast(entries.ids, {begin, range.end}, rows.end)};
+  return t.num_parts == 1 ? range : InRows(entries, range, rows);
 }
 
 inline int64_t CountEntries(const PartitionTask& t) {
@@ -127,10 +108,10 @@ inline int64_t CountEntries(const PartitionTask& t) {
   return count;
 }
 
-// Puts the entries of a partition in order; `describe(entries, first_sample, e)` is what is to be known of each. The samples of
-// a source count from `first_sample` among those of the device.
-template <typename Describe>
-inline __attribute__((always_inline)) RowOrder OrderRows(const PartitionTask& t, Describe describe) {
+// Puts the entries of a partition in order. `of_source(entries, sparsecore)` makes a function that gets the number of an entry in
+// its source, where to write what is to be known of it, and its number as it is gathered; it returns whether the entry counts.
+template <typename OfSource>
+inline __attribute__((always_inline)) RowOrder OrderRows(const PartitionTask& t, OfSource of_source) {
   const Range part = RowsOf(t);
   uint64_t* keys = t.scratch.keys;
   uint64_t* other = t.scratch.other_keys;
@@ -141,13 +122,12 @@ inline __attribute__((always_inline)) RowOrder OrderRows(const PartitionTask& t,
   for (int64_t s = 0; s < t.num_sources; ++s) {
     const Entries& entries = t.entries[s];
     const Range range = InPart(t, entries, part);
-    const int64_t first_sample = s / t.num_minibatches * t.num_samples;
+    auto describe = of_source(entries, s / t.num_minibatches);
     const uint32_t first = n;
     for (int64_t e = range.begin; e < range.end; ++e) {
-      const bool valid = entries.ids[e] >= part.begin && entries.ids[e] < part.end && InRange(entries.samples[e], t.num_samples);
+      const bool in_part = entries.ids[e] >= part.begin && entries.ids[e] < part.end;
       keys[n] = static_cast<uint64_t>(static_cast<uint32_t>(entries.ids[e])) << 32 | n;
-      what[n] = describe(entries, first_sample, e);
-      n += valid;
+      n += in_part & describe(e, what[n], n);
     }
     if (n != first) ends[runs++] = n;
   }

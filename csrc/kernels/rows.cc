@@ -10,6 +10,7 @@
 #include "kernels/partitions.h"
 #include "kernels/prefetch.h"
 #include "kernels/row_order.h"
+#include "kernels/sample_rows.h"
 
 namespace embax {
 namespace EMBAX_ISA {
@@ -24,9 +25,9 @@ template <int kDim, bool kQuantize>
 void LookupMinibatch(const LookupTask& t, const Entries& entries) {
   const int64_t dim = Length<kDim>(t.dim);
   const float inverse_step = kQuantize ? 1.0f / t.quantization.step : 0.0f;
-  for (int64_t partition = 0, begin = entries.begin; partition < t.num_partitions; ++partition) {
+  SampleRows outs(t.features, t.num_features, t.sparsecore, dim);
+  ForEachPartition(t, entries, [&](int64_t partition, int64_t begin, int64_t end) __attribute__((always_inline)) {
     const float* table = t.table + partition * t.partition_stride * dim;
-    const int64_t end = PartitionEnd(entries, partition, begin);
     const auto prefetch = [&](int64_t e) __attribute__((always_inline)) {
       if (e < end && InRange(entries.ids[e], t.rows_per_partition)) PrefetchRow<kDim>(table + entries.ids[e] * dim, dim);
     };
@@ -34,9 +35,9 @@ void LookupMinibatch(const LookupTask& t, const Entries& entries) {
     for (int64_t e = begin; e < end; ++e) {
       prefetch(e + kPrefetchAhead);
       const int32_t id = entries.ids[e], sample = entries.samples[e];
-      if (!InRange(id, t.rows_per_partition) || !InRange(sample, t.num_samples)) continue;
+      if (!InRange(id, t.rows_per_partition) || !outs.Has(sample)) continue;
       const float* __restrict row = table + id * dim;
-      float* __restrict out = t.out + sample * dim;
+      float* __restrict out = outs.Of(sample, dim);
       const float gain = entries.gains[e];
       if constexpr (kQuantize) {
         const Quantization q = t.quantization;
@@ -50,17 +51,20 @@ void LookupMinibatch(const LookupTask& t, const Entries& entries) {
         for (int64_t i = 0; i < dim; ++i) out[i] += gain * row[i];
       }
     }
-    begin = NextPartition(entries, end);
-  }
+  });
 }
 
 template <int kDim, bool kQuantize>
 void LookupRows(const LookupTask& t) {
-  std::memset(t.out, 0, sizeof(float) * t.num_samples * Length<kDim>(t.dim));
+  const int64_t dim = Length<kDim>(t.dim);
+  for (int64_t k = 0; k < t.num_features; ++k) {
+    const Range rows = RowsOnSparseCore(t.features[k], t.sparsecore);
+    if (rows.size() > 0) std::memset(t.features[k].data + rows.begin * dim, 0, sizeof(float) * rows.size() * dim);
+  }
   for (int64_t m = 0; m < t.num_minibatches; ++m) LookupMinibatch<kDim, kQuantize>(t, t.minibatches[m]);
 }
 
-// Puts the entries that name rows and samples which exist in the order of their samples: behind this those of a sample lie between
+// Puts the entries that name rows and samples which exist in the order of these samples: behind this those of a sample lie between
 // its start and its end. False if there are more of them than said. If somebody changes the arrays meanwhile, which are gone
 // through twice, entries are lost, no more.
 inline bool OrderSamples(const LookupTask& t) {
@@ -68,26 +72,25 @@ inline bool OrderSamples(const LookupTask& t) {
   const auto for_each = [&](auto use) __attribute__((always_inline)) {
     for (int64_t m = 0; m < t.num_minibatches; ++m) {
       const Entries& entries = t.minibatches[m];
-      for (int64_t partition = 0, begin = entries.begin; partition < t.num_partitions; ++partition) {
-        const int64_t end = PartitionEnd(entries, partition, begin);
+      ForEachPartition(t, entries, [&](int64_t partition, int64_t begin, int64_t end) __attribute__((always_inline)) {
         for (int64_t e = begin; e < end; ++e) {
-          const int32_t id = entries.ids[e], sample = entries.samples[e];
+          const int32_t id = entries.ids[e];
+          const int64_t sample = entries.samples[e] - t.first_sample;
           if (InRange(id, t.rows_per_partition) && InRange(sample, t.num_samples)) {
             use(sample, partition * t.partition_stride + id, entries.gains[e]);
           }
         }
-        begin = NextPartition(entries, end);
-      }
+      });
     }
   };
   std::memset(scratch.starts, 0, sizeof(uint32_t) * (t.num_samples + 1));
-  for_each([&](int32_t sample, int64_t, float) __attribute__((always_inline)) { ++scratch.starts[sample + 1]; });
+  for_each([&](int64_t sample, int64_t, float) __attribute__((always_inline)) { ++scratch.starts[sample + 1]; });
   for (int64_t sample = 0; sample < t.num_samples; ++sample) {
     scratch.ends[sample] = scratch.starts[sample];
     scratch.starts[sample + 1] += scratch.starts[sample];
   }
   if (scratch.starts[t.num_samples] > scratch.count) return false;
-  for_each([&](int32_t sample, int64_t row, float gain) __attribute__((always_inline)) {
+  for_each([&](int64_t sample, int64_t row, float gain) __attribute__((always_inline)) {
     const uint32_t place = scratch.ends[sample];
     if (place == scratch.starts[sample + 1]) return;
     scratch.entries[place] = {static_cast<uint32_t>(row), gain};
@@ -108,19 +111,24 @@ void LookupSamples(const LookupTask& t) {
   for (int64_t e = 0; e < kPrefetchAhead; ++e) prefetch(e);
   float of_constant_length[kDim > 0 ? kDim : 1];  // Which the compiler keeps in registers.
   float* __restrict const sum = kDim > 0 ? of_constant_length : t.scratch.sum;
-  for (int64_t sample = 0; sample < t.num_samples; ++sample) {
-    EMBAX_SIMD_LOOP
-    for (int64_t i = 0; i < dim; ++i) sum[i] = 0;
-    for (int64_t e = t.scratch.starts[sample]; e < t.scratch.ends[sample]; ++e) {
-      prefetch(e + kPrefetchAhead);
-      const float* __restrict row = t.table + entries[e].row * dim;
-      const float gain = entries[e].gain;
+  for (int64_t k = 0; k < t.num_features; ++k) {
+    const FeatureRows& feature = t.features[k];
+    const Range rows = RowsOnSparseCore(feature, t.sparsecore);
+    for (int64_t number = 0; number < rows.size(); ++number) {
+      const int64_t sample = feature.begin - t.first_sample + number;
       EMBAX_SIMD_LOOP
-      for (int64_t i = 0; i < dim; ++i) sum[i] += gain * row[i];
+      for (int64_t i = 0; i < dim; ++i) sum[i] = 0;
+      for (int64_t e = t.scratch.starts[sample]; e < t.scratch.ends[sample]; ++e) {
+        prefetch(e + kPrefetchAhead);
+        const float* __restrict row = t.table + entries[e].row * dim;
+        const float gain = entries[e].gain;
+        EMBAX_SIMD_LOOP
+        for (int64_t i = 0; i < dim; ++i) sum[i] += gain * row[i];
+      }
+      float* __restrict out = feature.data + (rows.begin + number) * dim;
+      EMBAX_SIMD_LOOP
+      for (int64_t i = 0; i < dim; ++i) out[i] = sum[i];
     }
-    float* __restrict out = t.out + sample * dim;
-    EMBAX_SIMD_LOOP
-    for (int64_t i = 0; i < dim; ++i) out[i] = sum[i];
   }
 }
 
@@ -160,8 +168,11 @@ inline void PrepareRow(const RowOptions& options, float* __restrict g, float* __
 }
 
 int64_t ListRows(const ListTask& t) {
-  const RowOrder order = OrderRows(t, [&](const Entries& entries, int64_t, int64_t e) {
-    return t.slots == nullptr ? 0 : static_cast<uint64_t>(entries.ids - t.ids_base + e);
+  const RowOrder order = OrderRows(t, [&](const Entries& entries, int64_t) {
+    return [&](int64_t e, uint64_t& what, uint32_t) {
+      what = t.slots == nullptr ? 0 : static_cast<uint64_t>(entries.ids - t.ids_base + e);
+      return InRange(entries.samples[e], t.num_samples);
+    };
   });
   int64_t count = 0;
   int32_t last = -1;
@@ -180,20 +191,25 @@ int64_t ListRows(const ListTask& t) {
   return count;
 }
 
-// The entries of a partition with their samples among those of the device, and gains.
+// The entries of a partition that have a gradient: what is known of each is its address, and in the scratch its gain.
 inline RowOrder OrderGradients(const GradientTask& t) {
-  return OrderRows(t, [](const Entries& entries, int64_t first_sample, int64_t e) {
-    uint32_t gain;
-    std::memcpy(&gain, entries.gains + e, sizeof(gain));
-    return static_cast<uint64_t>(first_sample + entries.samples[e]) << 32 | gain;
+  return OrderRows(t, [&](const Entries& source, int64_t sparsecore) {
+    return [samples = source.samples, from = source.gains, gains = t.scratch.gains, dim = t.dim,
+            rows = SampleRows(t.gradients, t.num_features, sparsecore, t.dim)](int64_t e, uint64_t& what, uint32_t n) mutable {
+      const bool has_row = rows.Has(samples[e]);
+      what = reinterpret_cast<uintptr_t>(rows.Of(samples[e], dim));
+      gains[n] = from[e];
+      return has_row;
+    };
   });
 }
+
+inline const float* GradientOf(const RowOrder& order, int64_t i) { return reinterpret_cast<const float*>(order.of(i)); }
 
 // Asks for the gradient that the i-th entry names, if there is one.
 template <int kDim>
 inline __attribute__((always_inline)) void PrefetchGradient(const GradientTask& t, const RowOrder& order, int64_t i) {
-  const int64_t dim = Length<kDim>(t.dim);
-  if (i < order.num_entries) PrefetchRow<kDim>(t.gradient + static_cast<int64_t>(order.of(i) >> 32) * dim, dim);
+  if (i < order.num_entries) PrefetchRow<kDim>(GradientOf(order, i), Length<kDim>(t.dim));
 }
 
 template <int kDim>
@@ -209,11 +225,8 @@ inline __attribute__((always_inline)) void SumGradients(const GradientTask& t, c
   const int64_t begin = order.starts[number], end = order.starts[number + 1];
   for (int64_t i = begin; i < end; ++i) {
     PrefetchGradient<kDim>(t, order, i + kPrefetchAhead);
-    const uint64_t what = order.of(i);
-    const float* __restrict gradient = t.gradient + static_cast<int64_t>(what >> 32) * dim;
-    const uint32_t bits = static_cast<uint32_t>(what);
-    float gain;
-    std::memcpy(&gain, &bits, sizeof(gain));
+    const float* __restrict gradient = GradientOf(order, i);
+    const float gain = t.scratch.gains[order.entry(i)];
     if (i == begin) {
       EMBAX_SIMD_LOOP
       for (int64_t k = 0; k < dim; ++k) sum[k] = gain * gradient[k];

@@ -23,6 +23,14 @@ struct Entries {
   int64_t begin;  // Where the first partition begins.
 };
 
+// The samples of a feature: from `begin` on `samples` of them on each SparseCore. Those of all SparseCores, one after the other,
+// have the rows of an array, as many as there are.
+struct FeatureRows {
+  int64_t begin, samples;
+  int64_t rows;
+  float* data;  // [rows, dim]
+};
+
 // Rows are clipped to [min, max] and rounded to equally spaced values as they are read; step 0 means not at all.
 struct Quantization {
   float min = 0, max = 0, step = 0;
@@ -41,7 +49,8 @@ struct SampleScratch {
   float* sum = nullptr;        // [dim]
 };
 
-// out[sample] = sum over the entries of the sample of gain * table[partition * partition_stride + id]
+// The row of a sample = sum over its entries of gain * table[partition * partition_stride + id], for the samples of some features
+// of a stack on one SparseCore.
 struct LookupTask {
   const Entries* minibatches;  // [num_minibatches]
   int64_t num_minibatches;
@@ -50,8 +59,12 @@ struct LookupTask {
   int64_t rows_per_partition;  // What ids must be below.
   int64_t partition_stride;    // Rows from a partition to the next; 0 where ids are rows of the table.
   int64_t dim;
-  float* out;  // [num_samples, dim]
-  int64_t num_samples;
+  const FeatureRows* features;  // [num_features], in the order of their samples
+  int64_t num_features;
+  int64_t sparsecore;  // Of the device.
+  int64_t first_sample, num_samples;  // Of these features.
+  // Of a partition: those of these features. What lies outside is not looked for where ids ascend.
+  int64_t first_row, end_row;
   Quantization quantization;
   // Without entries they are looked up in the order of their rows, which is faster where rows are short or samples have few
   // entries. The sums are the same: the entries of a sample keep their order.
@@ -70,6 +83,7 @@ struct OrderScratch {
   uint64_t* other_keys;  // [count + 1]
   uint64_t* what;        // [count + 1]
   uint32_t* ends;        // [num_sources]
+  float* gains;          // [count + 1], for sums of gradients.
   float* sum;            // [dim], for updates.
 };
 
@@ -97,9 +111,10 @@ struct ListTask : PartitionTask {
   int32_t* slots;           // Parallel to `ids_base`: for each entry the place of its row in the list. May be null.
 };
 
-// The gradient of a row is the sum over its entries, SparseCore by SparseCore, of gain * gradient[SparseCore, sample].
+// The gradient of a row is the sum over its entries, SparseCore by SparseCore, of gain * the sample's row of the gradients.
 struct GradientTask : PartitionTask {
-  const float* gradient;  // [num_sources / num_minibatches, num_samples, dim]
+  const FeatureRows* gradients;  // [num_features], in the order of their samples; these are not written.
+  int64_t num_features;
   int64_t dim;
 };
 

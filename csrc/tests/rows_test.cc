@@ -2,6 +2,7 @@
 #include "kernels/order_scratch.h"
 #include "kernels/rows.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -15,6 +16,7 @@
 namespace {
 
 using embax::Entries;
+using embax::FeatureRows;
 using embax::LookupTask;
 using embax::RowKernels;
 using embax::UpdateTask;
@@ -101,28 +103,80 @@ void ForEachEntry(const Batch& batch, Visit visit) {
   }
 }
 
-// The sources are SparseCores of `minibatches` minibatches each.
-void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, int64_t minibatches, bool damaged) {
+// Arrays of features, each an allocation of its own: the samples of a SparseCore are cut into several, one has none, and the last
+// has one row less than the SparseCores have samples of it.
+class FeatureArrays {
+ public:
+  FeatureArrays(int64_t samples, int64_t sparsecores, int64_t dim) : dim_(dim) {
+    const int64_t cuts[] = {0, samples / 3, samples / 3, samples - 2, samples};
+    for (int k = 0; k + 1 < 5; ++k) {
+      const int64_t size = cuts[k + 1] - cuts[k], rows = size * sparsecores - (k == 3);
+      arrays_.emplace_back(rows * dim, 99.0f);
+      features_.push_back({cuts[k], size, rows, arrays_.back().data()});
+    }
+  }
+
+  const std::vector<FeatureRows>& features() const { return features_; }
+  std::vector<std::vector<float>>& arrays() { return arrays_; }
+
+  // The row of a sample on a SparseCore; null if it has none.
+  float* Row(int64_t sparsecore, int64_t sample) const {
+    for (const FeatureRows& one : features_) {
+      const int64_t row = sparsecore * one.samples + sample - one.begin;
+      if (sample >= one.begin && sample < one.begin + one.samples) return row < one.rows ? one.data + row * dim_ : nullptr;
+    }
+    return nullptr;
+  }
+
+ private:
+  int64_t dim_;
+  std::vector<std::vector<float>> arrays_;
+  std::vector<FeatureRows> features_;
+};
+
+// The sources are SparseCores of `minibatches` minibatches each. Features are looked up all at once, or in two groups, whose rows
+// are below and from `cut` on.
+void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, int64_t minibatches, bool damaged, int64_t cut) {
   Batch batch = Sound(random, 3, 3, 40, 7);
   if (damaged) batch = Damaged(random, batch);
   const std::vector<float> table = Draw(random, batch.partitions * batch.rows * dim);
   const int64_t sparsecores = batch.sources / minibatches;
-  std::vector<float> got(sparsecores * batch.samples * dim, 99.0f), wanted(got.size(), 0.0f);
+  FeatureArrays got(batch.samples, sparsecores, dim), of_samples(batch.samples, sparsecores, dim);
   std::vector<Entries> entries;
   for (int64_t s = 0; s < batch.sources; ++s) entries.push_back(batch.Of(s));
-  std::vector<float> in_order_of_samples = got, sum(dim);
+  std::vector<float> sum(dim);
   std::vector<embax::SampleScratch::Entry> scratch(minibatches * batch.capacity), few(1);
   std::vector<uint32_t> starts(batch.samples + 1), ends(batch.samples);
-  for (int64_t s = 0; s < sparsecores; ++s) {
-    LookupTask task{entries.data() + s * minibatches, minibatches, batch.partitions, table.data(), batch.rows, batch.rows,
-                    dim, got.data() + s * batch.samples * dim, batch.samples, {}, {}};
+  struct Group {
+    int64_t first_feature, num_features, first_row, end_row;
+  };
+  const std::vector<Group> groups =
+      cut == 0 ? std::vector<Group>{{0, 4, 0, batch.rows}} : std::vector<Group>{{0, 1, 0, cut}, {1, 3, cut, batch.rows}};
+  const int64_t first_samples[] = {0, batch.samples / 3};
+  for (int64_t number = 0; number < sparsecores * static_cast<int64_t>(groups.size()); ++number) {
+    const int64_t s = number / groups.size(), which = number % groups.size();
+    const Group& group = groups[which];
+    LookupTask task{};
+    task.minibatches = entries.data() + s * minibatches;
+    task.num_minibatches = minibatches;
+    task.num_partitions = batch.partitions;
+    task.table = table.data();
+    task.rows_per_partition = task.partition_stride = batch.rows;
+    task.dim = dim;
+    task.sparsecore = s;
+    task.num_features = group.num_features;
+    task.first_row = group.first_row;
+    task.end_row = group.end_row;
+    task.first_sample = first_samples[which];
+    task.num_samples = groups.size() > 1 && which == 0 ? first_samples[1] : batch.samples - task.first_sample;
+    task.features = got.features().data() + group.first_feature;
     kernels.lookup(task);
-    task.out = in_order_of_samples.data() + s * batch.samples * dim;
+    task.features = of_samples.features().data() + group.first_feature;
     task.scratch = {scratch.data(), static_cast<int64_t>(scratch.size()), starts.data(), ends.data(), sum.data()};
     kernels.lookup(task);
     LookupTask chosen = task;
     chosen.scratch = {};
-    embax::LookupScratch::OfThread().Serve(chosen, batch.partitions * batch.rows);
+    embax::LookupScratch::OfThread().Serve(chosen, batch.samples, batch.partitions * batch.rows);
     kernels.lookup(chosen);
     // There are more entries than said, as if row pointers had changed meanwhile.
     task.scratch.entries = few.data();
@@ -130,15 +184,19 @@ void TestLookup(const RowKernels& kernels, std::mt19937& random, int64_t dim, in
     kernels.lookup(task);
   }
   if (damaged) return;  // The sanitizers and the end of this process tell whether memory was left.
-  Expect(std::memcmp(got.data(), in_order_of_samples.data(), got.size() * sizeof(float)) == 0,
-         "lookups in the order of rows and of samples, bit for bit, " + std::to_string(dim) + " columns");
+  const std::string what = std::string(kernels.isa) + ": lookup, dim " + std::to_string(dim) + ", rows cut at " + std::to_string(cut);
+  Expect(got.arrays() == of_samples.arrays(), what + ", in the order of rows and of samples, bit for bit");
+  FeatureArrays wanted(batch.samples, sparsecores, dim);
+  for (std::vector<float>& array : wanted.arrays()) std::fill(array.begin(), array.end(), 0.0f);
   ForEachEntry(batch, [&](int64_t s, int64_t p, int32_t id, int32_t sample, float gain) {
-    for (int64_t i = 0; i < dim; ++i) {
-      wanted[(s / minibatches * batch.samples + sample) * dim + i] += gain * table[(p * batch.rows + id) * dim + i];
-    }
+    float* row = wanted.Row(s / minibatches, sample);
+    if (row == nullptr || (cut > 0 && (id < cut) != (sample < first_samples[1]))) return;
+    for (int64_t i = 0; i < dim; ++i) row[i] += gain * table[(p * batch.rows + id) * dim + i];
   });
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (!Near(got[i], wanted[i])) return Expect(false, std::string(kernels.isa) + ": lookup, dim " + std::to_string(dim));
+  for (size_t feature = 0; feature < wanted.arrays().size(); ++feature) {
+    for (size_t i = 0; i < wanted.arrays()[feature].size(); ++i) {
+      if (!Near(got.arrays()[feature][i], wanted.arrays()[feature][i])) return Expect(false, what);
+    }
   }
 }
 
@@ -206,13 +264,19 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
   Batch batch = Sound(random, 3, 3, 40, 7);
   if (damaged) batch = Damaged(random, batch);
   const int64_t size = batch.partitions * batch.rows * dim;
-  std::vector<float> gradient = Draw(random, batch.sources * batch.samples * dim);
+  FeatureArrays gradient(batch.samples, batch.sources / minibatches, dim);
+  for (std::vector<float>& array : gradient.arrays()) {
+    const std::vector<float> values = Draw(random, array.size());
+    std::copy(values.begin(), values.end(), array.begin());
+  }
   hyperparameters.resize(embax::kMaxHyperparameters);
   // The last column is padding: no gradient has it, and what it holds must not matter.
   const int64_t width = dim > 2 ? dim - 1 : dim;
   std::vector<std::vector<float>> state(1 + rule.num_slots, Draw(random, size));
   const auto columns = [&](int k) { return embax::StateColumns(rule.row_wise, k, dim); };
-  for (size_t i = width; i < gradient.size() && width < dim; i += dim) gradient[i] = 0;
+  for (std::vector<float>& array : gradient.arrays()) {
+    for (size_t i = width; i < array.size() && width < dim; i += dim) array[i] = 0;
+  }
   for (int64_t i = width; i < size && width < dim; i += dim) state[0][i] = NAN;
   for (int k = 1; k <= rule.num_slots; ++k) state[k].assign(size / dim * columns(k), 0.25f);
   if (rule.num_slots == 2 && rule.row_wise == 0) {  // Elements of some rows of equal slots, elements of others of different ones.
@@ -231,7 +295,8 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
     task.num_sources = batch.sources;
     task.num_minibatches = minibatches;
     task.partition = p;
-    task.gradient = gradient.data();
+    task.gradients = gradient.features().data();
+    task.num_features = gradient.features().size();
     task.num_samples = batch.samples;
     for (int k = 0; k <= rule.num_slots; ++k) task.state[k] = state[k].data() + p * batch.rows * columns(k);
     task.rows_per_partition = batch.rows;
@@ -247,10 +312,10 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
   std::vector<float> sums(size, 0.0f);
   std::vector<bool> touched(batch.partitions * batch.rows);
   ForEachEntry(batch, [&](int64_t s, int64_t p, int32_t id, int32_t sample, float gain) {
+    const float* row = gradient.Row(s / minibatches, sample);
+    if (row == nullptr) return;
     touched[p * batch.rows + id] = true;
-    for (int64_t i = 0; i < dim; ++i) {
-      sums[(p * batch.rows + id) * dim + i] += gain * gradient[(s / minibatches * batch.samples + sample) * dim + i];
-    }
+    for (int64_t i = 0; i < dim; ++i) sums[(p * batch.rows + id) * dim + i] += gain * row[i];
   });
   const std::string name = rule.name;
   for (int64_t r = 0; r < size / dim; ++r) {
@@ -295,7 +360,7 @@ int main() {
     for (int repetition = 0; repetition < 8; ++repetition) {
       const int64_t minibatches = repetition % 2 == 0 ? 1 : 3;
       for (const bool damaged : {false, true}) {
-        TestLookup(kernels, random, dim, minibatches, damaged);
+        TestLookup(kernels, random, dim, minibatches, damaged, repetition % 4 < 2 ? 0 : 12);
         for (int rule = 0; rule < kernels.num_rules; ++rule) {
           for (const auto& hyperparameters : HyperparametersOf(kernels.rules[rule].name)) {
             const embax::RowRule& r = kernels.rules[rule];

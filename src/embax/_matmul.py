@@ -14,7 +14,7 @@ from embax._checks import boolean, is_finite_number
 from embax._ops.across_devices import gain_gradients_across, lookup_across, update_across
 from embax._ops.geometry import axis_of, inside_shard_map, make_geometry
 from embax._ops.row_update import NO_LIMITS, RowLimits
-from embax._ops.unstack import stack_gradients, unstack_activations
+from embax._ops.unstack import join_features
 from embax._preprocess.arrays import beyond_int64, find, to_numpy
 from embax._preprocess.buffers import PreprocessedInput
 from embax._specs import FeatureSpec
@@ -130,17 +130,18 @@ def check_activations(what: str, feature: FeaturePlan, batch: int, array: Any) -
 def lookup_features(
     packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], plan: Plan, axis_name: Any = None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Activations of each feature in the order of the feature leaves, and of each stack."""
+    """Activations of each feature in the order of the feature leaves, and of each stack those that `after` may hold of it."""
     check_variables(variables, plan, without_slots=[stack.name for stack in plan.stacks])
     axis = axis_of(plan, axis_name)
     geometry = make_geometry(plan, packed)
     tables = [jax.tree.leaves(variables[stack.name])[0] for stack in plan.stacks]
-    stacked = lookup_across(packed, tables, geometry, axis)
+    by_stack = lookup_across(packed, tables, geometry, axis)
     features: dict[int, jax.Array] = {}
-    for stack, placed, activations in zip(plan.stacks, packed.layout.stacks, stacked, strict=True):
-        parts = unstack_activations(activations, stack, placed, packed.layout)
-        features.update(zip((feature.leaf for feature in stack.features), parts, strict=True))
-    return [features[leaf] for leaf in range(plan.num_features)], list(stacked)
+    for stack, activations in zip(plan.stacks, by_stack, strict=True):
+        features.update(zip((feature.leaf for feature in stack.features), activations, strict=True))
+    return [features[leaf] for leaf in range(plan.num_features)], [
+        max(arrays, key=lambda array: array.size) for arrays in by_stack
+    ]
 
 
 def gain_gradients_of_features(
@@ -187,13 +188,13 @@ def update_features(
     geometry = make_geometry(plan, packed)
     chosen = [number for number, stack in enumerate(plan.stacks) if stack.name not in frozen]
     stacks = [plan.stacks[number] for number in chosen]
-    stacked = stacked_gradients(gradients, packed, plan, chosen)
+    by_stack = _by_stack(gradients, packed, plan, chosen)
     axis = axis_of(plan, axis_name)
     if skip_nonfinite:
-        packed = _without_entries(packed, ~_all_finite(stacked, axis))
+        packed = _without_entries(packed, ~_all_finite(jax.tree.leaves(by_stack), axis))
     new = update_across(
         packed,
-        stacked,
+        by_stack,
         [tuple(jax.tree.leaves(variables[stack.name])) for stack in stacks],
         [after[number] for number in chosen if after],
         dataclasses.replace(geometry, stacks=tuple(geometry.stacks[number] for number in chosen)),
@@ -212,14 +213,24 @@ def stacked_gradients(
     gradients: Sequence[jax.Array], packed: PreprocessedInput, plan: Plan, chosen: Sequence[int]
 ) -> list[jax.Array]:
     """float32[samples, dim] of the chosen stacks, from the gradients of each feature, which are checked."""
-    stacked = []
+    return [
+        join_features(parts, plan.stacks[number].shape[1], packed.layout.num_sparsecores_per_device)
+        for number, parts in zip(chosen, _by_stack(gradients, packed, plan, chosen), strict=True)
+    ]
+
+
+def _by_stack(
+    gradients: Sequence[jax.Array], packed: PreprocessedInput, plan: Plan, chosen: Sequence[int]
+) -> list[list[jax.Array]]:
+    """float32[batch, output_dim] of the features of the chosen stacks, from the gradients of all, which are checked."""
+    by_stack = []
     for number in chosen:
-        stack, placed, parts = plan.stacks[number], packed.layout.stacks[number], []
-        for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
+        stack, batch_sizes, parts = plan.stacks[number], packed.layout.stacks[number].batch_sizes, []
+        for feature, batch in zip(stack.features, batch_sizes, strict=True):
             check_activations("gradient", feature, batch, gradients[feature.leaf])
             parts.append(gradients[feature.leaf].astype(jnp.float32))
-        stacked.append(stack_gradients(parts, stack, placed, packed.layout))
-    return stacked
+        by_stack.append(parts)
+    return by_stack
 
 
 def ordered_after(activations: Any, packed: PreprocessedInput, plan: Plan, structure: PyTreeDef) -> list[jax.Array]:

@@ -19,6 +19,7 @@ from embax._ops.geometry import Geometry
 from embax._ops.lookup import lookup_stacks
 from embax._ops.row_sums import row_gradients
 from embax._ops.row_update import RowLimits, ordered, orders_of
+from embax._ops.unstack import activations_of_features, gradient_of_stack
 from embax._ops.update import update_stacks
 from embax._preprocess.buffers import PreprocessedInput
 
@@ -54,21 +55,22 @@ def _by_holder(
 
 def lookup_across(
     packed: PreprocessedInput, tables: Sequence[jax.Array], geometry: Geometry, axis: Any
-) -> list[jax.Array]:
+) -> list[list[jax.Array]]:
     """`lookup_stacks` of tables that are sharded over a mesh axis, unless it is None."""
     if axis is None:
         return lookup_stacks(packed, tables, geometry)
-    return _by_holder(
-        geometry,
+    stacked = _by_holder(
+        geometry.without_features(),
         tables,
-        lambda chosen, part: lookup_stacks(packed, [tables[k] for k in chosen], part),
+        lambda chosen, part: [array for (array,) in lookup_stacks(packed, [tables[k] for k in chosen], part)],
         lambda chosen, part: lookup_exchanging(packed, [tables[k] for k in chosen], part, axis),
     )
+    return [activations_of_features(*one, geometry) for one in zip(stacked, geometry.stacks, strict=True)]
 
 
 def update_across(
     packed: PreprocessedInput,
-    gradients: Sequence[jax.Array],
+    gradients: Sequence[Sequence[jax.Array]],
     states: Sequence[tuple[jax.Array, ...]],
     after: Sequence[jax.Array],
     geometry: Geometry,
@@ -79,19 +81,24 @@ def update_across(
     """`update_stacks` of tables that are sharded over a mesh axis, unless it is None."""
     if axis is None:
         return update_stacks(packed, gradients, states, after, geometry, step, limits)
+    each = zip(gradients, geometry.stacks, states, strict=True)
+    stacked = [gradient_of_stack(arrays, stack, state[0].shape[-1], geometry) for arrays, stack, state in each]
 
-    def chosen_ones(chosen: Sequence[int]):
-        own_after = [after[k] for k in chosen] if after else ()
-        return [gradients[k] for k in chosen], [states[k] for k in chosen], own_after
+    def others(chosen: Sequence[int]):
+        return [states[k] for k in chosen], [after[k] for k in chosen] if after else ()
 
     def limits_of(chosen: Sequence[int]):
         return [limits[k] for k in chosen] if limits else None
 
     return _by_holder(
-        geometry,
+        geometry.without_features(),
         [state[0] for state in states],
-        lambda chosen, part: update_stacks(packed, *chosen_ones(chosen), part, step, limits_of(chosen)),
-        lambda chosen, part: update_exchanging(packed, *chosen_ones(chosen), part, axis, step, limits_of(chosen)),
+        lambda chosen, part: update_stacks(
+            packed, [[stacked[k]] for k in chosen], *others(chosen), part, step, limits_of(chosen)
+        ),
+        lambda chosen, part: update_exchanging(
+            packed, [stacked[k] for k in chosen], *others(chosen), part, axis, step, limits_of(chosen)
+        ),
     )
 
 

@@ -137,7 +137,7 @@ def lookup_exchanging(
     Args:
         packed: one device's part of a batch.
         tables: float32[rows, dim] of each stack, or float32[rows].
-        geometry: static.
+        geometry: static, without features.
         axis: name of the mesh axis that the rows are spread over, or a tuple of names.
 
     Returns:
@@ -147,7 +147,11 @@ def lookup_exchanging(
         jnp.zeros((geometry.num_samples(stack), *table.shape[1:]), table.dtype)
         for stack, table in zip(geometry.stacks, tables, strict=True)
     ]
-    return _sum_over_rounds(packed, tables, geometry, axis, zeros, lookup_stacks)
+
+    def activations(packed: PreprocessedInput, tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
+        return [array for (array,) in lookup_stacks(packed, tables, geometry)]
+
+    return _sum_over_rounds(packed, tables, geometry, axis, zeros, activations)
 
 
 def gain_gradients_exchanging(

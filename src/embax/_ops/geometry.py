@@ -1,9 +1,10 @@
 """What the primitives know statically about a packed batch and the tables it looks up."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,28 @@ from embax._preprocess.buffers import (
     make_layout,
     row_pointers_per_segment,
 )
-from embax._stacking.plan import Plan
+from embax._stacking.plan import FeaturePlan, Plan
 from embax.optimizers import OptimizerSpec
+
+
+class FeatureGeometry(NamedTuple):
+    """The activations of a feature on a device: float32[num_samples, dim].
+
+    `first_row` is, of each SparseCore, the first row that this feature and those behind it look up in, and none before it in its
+    stack; None where it shares rows with one before it, or lies behind one whose rows come later.
+    """
+
+    num_samples: int
+    dim: int
+    first_row: int | None
 
 
 @dataclasses.dataclass(frozen=True)
 class StackGeometry:
     """Where a stack lies in the packed arrays (see `StackLayout`), and how its rows are quantized.
 
-    `width` is the columns that its tables have, where all have the same; else those of the stack. The optimizer also decides
+    `features` are in the order of their samples; without them, activations and gradients are those of the whole stack. `width` is
+    the columns that its tables have, where all have the same; else those of the stack. The optimizer also decides
     whether a TPU's SparseCores hold the table (see `sparsecore.holds`); without one they do, and there are no updates.
     """
 
@@ -40,6 +54,7 @@ class StackGeometry:
     max_ids_per_partition: int
     max_unique_ids_per_partition: int
     optimizer: OptimizerSpec | None = None
+    features: tuple[FeatureGeometry, ...] = ()
 
 
 def optimizer_of(stack: StackGeometry) -> OptimizerSpec:
@@ -82,6 +97,20 @@ class Geometry:
     def num_samples(self, stack: StackGeometry) -> int:
         """Samples of a stack on the device."""
         return self.sparsecores_per_device * stack.samples_per_sparsecore
+
+    def with_features(self, of_stacks: Sequence[bool]) -> "Geometry":
+        """The same, with activations and gradients of whole stacks but for those that are chosen."""
+        each = zip(self.stacks, of_stacks, strict=True)
+        stacks = (stack if chosen else dataclasses.replace(stack, features=()) for stack, chosen in each)
+        return dataclasses.replace(self, stacks=tuple(stacks))
+
+    def without_features(self) -> "Geometry":
+        """The same, with activations and gradients of whole stacks."""
+        return self.with_features([False] * len(self.stacks))
+
+    def num_arrays(self) -> list[int]:
+        """Of each stack the number of arrays of activations, and of gradients."""
+        return [max(len(stack.features), 1) for stack in self.stacks]
 
     def offsets(self) -> np.ndarray:
         """int64[4 * stacks]: what the C++ `PackedBatch::Stack` holds."""
@@ -214,6 +243,21 @@ def _check_layout(layout: PackedLayout, plan: Plan) -> None:
         )
 
 
+def _features(features: Sequence[FeaturePlan], batch_sizes: Sequence[int]) -> tuple[FeatureGeometry, ...]:
+    rows = [feature.table.rows.row_offset_in_shard for feature in features]
+    return tuple(
+        FeatureGeometry(batch, feature.output_dim, row if row > last and row == least else None)
+        for feature, batch, row, last, least in zip(
+            features,
+            batch_sizes,
+            rows,
+            [-1, *itertools.accumulate(rows, max)],  # Of the features before.
+            [*itertools.accumulate(reversed(rows), min)][::-1],  # Of the feature itself and those behind it.
+            strict=False,
+        )
+    )
+
+
 def make_geometry(plan: Plan, packed: PreprocessedInput) -> Geometry:
     """The geometry of a batch that was packed for `plan`.
 
@@ -239,6 +283,7 @@ def make_geometry(plan: Plan, packed: PreprocessedInput) -> Geometry:
                 max_ids_per_partition=stack.max_ids_per_partition,
                 max_unique_ids_per_partition=stack.max_unique_ids_per_partition,
                 optimizer=planned.optimizer,
+                features=_features(planned.features, stack.batch_sizes),
             )
             for planned, stack in zip(plan.stacks, layout.stacks, strict=True)
         ),

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from embax._ops import native, sparsecore
 from embax._ops.geometry import Geometry, StackGeometry, packed_operands
-from embax._ops.primitive import bind, define
+from embax._ops.primitive import bind, cut, define
 from embax._ops.segments import count_up_to, entries_of, sum_runs, table_rows
+from embax._ops.unstack import activations_of_features, only_features_of_all_columns
 from embax._preprocess.buffers import PreprocessedInput
 
 
-def lookup_stacks(packed: PreprocessedInput, tables: Sequence[jax.Array], geometry: Geometry) -> list[jax.Array]:
-    """Activations of every stack, from tables that hold the rows of all ids.
+def lookup_stacks(packed: PreprocessedInput, tables: Sequence[jax.Array], geometry: Geometry) -> list[list[jax.Array]]:
+    """Activations of the features of every stack, from tables that hold the rows of all ids.
 
     Args:
         packed: a batch packed for one device, or one device's part of it.
@@ -22,9 +23,10 @@ def lookup_stacks(packed: PreprocessedInput, tables: Sequence[jax.Array], geomet
         geometry: static.
 
     Returns:
-        float32[sparsecores_per_device * samples_per_sparsecore, dim] of each stack, without dim where its table has none.
+        For each stack float32[batch, output_dim] of its features; where geometry names none
+        float32[sparsecores_per_device * samples_per_sparsecore, dim], without dim where its table has none.
     """
-    return bind(lookup_p, *packed_operands(packed), *tables, geometry=geometry)
+    return cut(bind(lookup_p, *packed_operands(packed), *tables, geometry=geometry), geometry.num_arrays())
 
 
 def quantize(rows: jax.Array, quantization: tuple[float, float, int] | None) -> jax.Array:
@@ -56,14 +58,23 @@ def _portable_stack(arrays, table: jax.Array, geometry: Geometry, stack: StackGe
     return jnp.where(present[:, None], sums[last], 0.0).reshape(num_samples, *table.shape[1:])
 
 
-def _native(*operands, geometry: Geometry) -> Sequence[jax.Array]:
-    return native.lookup(operands[:5], operands[5:], geometry)
+def _native(*operands, geometry: Geometry) -> list[jax.Array]:
+    tables = operands[5:]
+    # The kernels write features that have all columns of their stack; others are cut out behind them.
+    by_kernel = only_features_of_all_columns(geometry, [table.shape[-1] for table in tables])
+    found = cut(native.lookup(operands[:5], tables, by_kernel), by_kernel.num_arrays())
+    return [
+        array
+        for stack, written, arrays in zip(geometry.stacks, by_kernel.stacks, found, strict=True)
+        for array in (arrays if written.features else activations_of_features(arrays[0], stack, geometry))
+    ]
 
 
 def _portable(*operands, geometry: Geometry) -> list[jax.Array]:
     return [
-        _portable_stack(operands[:5], table, geometry, stack)
+        array
         for table, stack in zip(operands[5:], geometry.stacks, strict=True)
+        for array in activations_of_features(_portable_stack(operands[:5], table, geometry, stack), stack, geometry)
     ]
 
 
@@ -72,7 +83,8 @@ def _sparsecore(*operands, geometry: Geometry) -> list[jax.Array]:
     for table, stack in zip(operands[5:], geometry.stacks, strict=True):
         one = dataclasses.replace(geometry, stacks=(stack,))
         if sparsecore.holds(stack, table) and not geometry.gathered:
-            activations += sparsecore.lookup(operands[:5], [table], one)
+            (found,) = sparsecore.lookup(operands[:5], [table], one)
+            activations += activations_of_features(found, stack, geometry)
         else:
             activations += _portable(*operands[:5], table, geometry=one)
     return activations
@@ -80,8 +92,10 @@ def _sparsecore(*operands, geometry: Geometry) -> list[jax.Array]:
 
 def _shapes(*operands, geometry: Geometry):
     return [
-        table.update(shape=(geometry.num_samples(stack), *table.shape[1:]))
+        table.update(shape=shape)
         for table, stack in zip(operands[5:], geometry.stacks, strict=True)
+        for shape in [(feature.num_samples, feature.dim) for feature in stack.features]
+        or [(geometry.num_samples(stack), *table.shape[1:])]
     ]
 
 

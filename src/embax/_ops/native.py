@@ -71,22 +71,26 @@ def lookup(packed: Sequence[jax.Array], tables: Sequence[jax.Array], geometry: G
     Args:
         packed: the arrays of the batch.
         tables: float32[rows, dim] of each stack, or float32[rows].
-        geometry: static.
+        geometry: static; features that it names have all columns of their stack.
 
     Returns:
-        float32[samples, dim] of each stack, without dim where its table has none.
+        The activations of all features or stacks, see `lookup_stacks`.
     """
     register()
     shapes = [
-        jax.ShapeDtypeStruct((geometry.num_samples(stack), *table.shape[1:]), table.dtype)
+        jax.ShapeDtypeStruct((num_samples, *table.shape[1:]), table.dtype)
         for stack, table in zip(geometry.stacks, tables, strict=True)
+        for num_samples in [feature.num_samples for feature in stack.features] or [geometry.num_samples(stack)]
     ]
+    first_rows = [row for stack in geometry.stacks for row in [feature.first_row for feature in stack.features] or [0]]
     return jax.ffi.ffi_call("embax_lookup", shapes)(
         *packed,
         *tables,
         **_packed_attributes(geometry),
         gathered=geometry.gathered,
         quantization=_quantization(geometry),
+        num_features=np.array(geometry.num_arrays(), np.int64),
+        first_rows=np.array([-1 if row is None else row for row in first_rows], np.int64),
     )
 
 
@@ -121,14 +125,15 @@ def update(
         packed: the arrays of the batch.
         hyperparameters: those of all stacks.
         operands: gradients, tables and slots, and what orders the update. None is reshaped, which would copy it.
-        geometry: static.
+        geometry: static; features that it names have all columns of their stack.
         num_hyperparameters: of each stack: those of its rule, and one more where rows decay apart from it.
         limits: of each stack.
 
     Returns:
         Table and slots of each stack.
     """
-    first_state = len(packed) + 1 + len(geometry.stacks)
+    num_gradients = geometry.num_arrays()
+    first_state = len(packed) + 1 + sum(num_gradients)
     return _in_place(
         "embax_update",
         [*packed, hyperparameters, *operands],
@@ -137,6 +142,7 @@ def update(
         num_hyperparameters,
         limits,
         **_packed_attributes(geometry),
+        num_features=np.array(num_gradients, np.int64),
     )
 
 

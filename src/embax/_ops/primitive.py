@@ -1,7 +1,8 @@
 """How this package defines a JAX primitive: shapes, a lowering for each backend, and what JAX may not do with it."""
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -71,6 +72,12 @@ def refuse_transformations(primitive: Primitive, *, derivative: str, batching: s
 
     ad.primitive_jvps[primitive] = refuse_derivative
     _batching.primitive_batchers[primitive] = refuse_batching
+
+
+def cut(flat: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    """`flat` cut into lists of the given sizes."""
+    ends = list(itertools.accumulate(sizes))
+    return [list(flat[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
 def bind(primitive: Primitive, *operands: Any, **params: Any) -> list[jax.Array]:

@@ -5,33 +5,32 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from embax._preprocess.buffers import PackedLayout, StackLayout
-from embax._stacking.plan import StackPlan
+from embax._ops.geometry import Geometry, StackGeometry
 
 
-def unstack_activations(
-    activations: jax.Array, stack: StackPlan, placed: StackLayout, layout: PackedLayout
-) -> list[jax.Array]:
-    """The activations of each feature of a stack.
+def activations_of_features(activations: jax.Array, stack: StackGeometry, geometry: Geometry) -> list[jax.Array]:
+    """Activations as `geometry` asks for them: those of each feature, or of the stack where it names no features.
 
     Args:
-        activations: float32[S * samples_per_sparsecore, dim].
-        stack: the planned stack.
-        placed: the same stack in the packed batch.
-        layout: the packed batch.
-
-    Returns:
-        float32[batch, output_dim] of each feature, in the order of the plan.
+        activations: float32[S * samples_per_sparsecore, dim] of the stack.
+        stack: the stack.
+        geometry: static.
     """
-    dims = [feature.output_dim for feature in stack.features]
-    return split_features(activations, placed.batch_sizes, dims, layout.num_sparsecores_per_device)
+    if not stack.features:
+        return [activations]
+    batch_sizes, dims, _ = zip(*stack.features, strict=True)
+    return split_features(activations, batch_sizes, dims, geometry.sparsecores_per_device)
 
 
-def stack_gradients(
-    gradients: list[jax.Array], stack: StackPlan, placed: StackLayout, layout: PackedLayout
-) -> jax.Array:
-    """The transpose of `unstack_activations`: zeros where it takes nothing."""
-    return join_features(gradients, stack.spec.stack_embedding_dim, layout.num_sparsecores_per_device)
+def gradient_of_stack(gradients: Sequence[jax.Array], stack: StackGeometry, dim: int, geometry: Geometry) -> jax.Array:
+    """The transpose of `activations_of_features`: float32[S * samples_per_sparsecore, dim], zeros where it takes nothing."""
+    return join_features(gradients, dim, geometry.sparsecores_per_device) if stack.features else gradients[0]
+
+
+def only_features_of_all_columns(geometry: Geometry, dims: Sequence[int]) -> Geometry:
+    """`geometry` where only stacks whose features all have the columns of their stack, `dims`, name them."""
+    each = zip(geometry.stacks, dims, strict=True)
+    return geometry.with_features([all(feature.dim == dim for feature in stack.features) for stack, dim in each])
 
 
 def split_features(

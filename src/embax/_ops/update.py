@@ -12,7 +12,7 @@ from jax.extend.core import Primitive
 from embax._checks import INT32_MAX
 from embax._ops import native, sparsecore
 from embax._ops.geometry import Geometry, optimizer_of, packed_operands
-from embax._ops.primitive import bind, define
+from embax._ops.primitive import bind, cut, define
 from embax._ops.row_sums import group, sum_groups, sum_row_gradients
 from embax._ops.row_update import (
     NO_LIMITS,
@@ -23,13 +23,14 @@ from embax._ops.row_update import (
     ordered,
     orders_of,
 )
+from embax._ops.unstack import gradient_of_stack, only_features_of_all_columns
 from embax._preprocess.buffers import PreprocessedInput
 from embax._warnings import warn_slow_path
 
 
 def update_stacks(
     packed: PreprocessedInput,
-    gradients: Sequence[jax.Array],
+    gradients: Sequence[Sequence[jax.Array]],
     states: Sequence[tuple[jax.Array, ...]],
     after: Sequence[jax.Array],
     geometry: Geometry,
@@ -40,7 +41,7 @@ def update_stacks(
 
     Args:
         packed: the batch that the lookup took.
-        gradients: float32[samples, dim] of each stack, shaped like its activations.
+        gradients: of each stack arrays shaped like those that `lookup_stacks` returns.
         states: table and slots of each stack, float32[rows, dim], or float32[rows] for a slot of one value a row. A table of
             rank 1, float32[rows], is one of one column; its gradients are float32[samples].
         after: nothing, or an array of each stack that was computed from its lookup. It is not read, but makes the update
@@ -78,13 +79,14 @@ def apply_rows(
     Returns:
         New table and slots of each stack.
     """
-    return _by_rule(apply_rows_p, [], [rows, gradients], states, after, geometry, step, limits)
+    parts = [[[array] for array in arrays] for arrays in (rows, gradients)]
+    return _by_rule(apply_rows_p, [], parts, states, after, geometry, step, limits)
 
 
 def _by_rule(
     primitive: Primitive,
     shared: Sequence[Any],
-    parts: Sequence[Sequence[jax.Array]],
+    parts: Sequence[Sequence[Sequence[jax.Array]]],
     states: Sequence[tuple[jax.Array, ...]],
     after: Sequence[jax.Array],
     geometry: Geometry,
@@ -104,29 +106,20 @@ def _by_rule(
             primitive,
             *shared,
             _one_array([scalar for scalars in hyperparameters for scalar in scalars]),
-            *(part[k] for part in parts for k in chosen),
+            *(array for part in parts for k in chosen for array in part[k]),
             *(array for k in chosen for array in states[k]),
             *(after[k] for k in chosen if after),
             geometry=dataclasses.replace(geometry, stacks=stacks),
             num_hyperparameters=tuple(map(len, hyperparameters)),
             limits=tuple(limits[k] if limits else NO_LIMITS for k in chosen),
         )
-        for k, state in zip(chosen, _grouped(flat, [len(states[k]) for k in chosen]), strict=True):
-            new[k] = state
+        for k, state in zip(chosen, cut(flat, [len(states[k]) for k in chosen]), strict=True):
+            new[k] = tuple(state)
     return new
 
 
 def _one_array(scalars: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack(scalars) if scalars else jnp.zeros(0, jnp.float32)
-
-
-def _grouped(flat: Sequence, sizes: Sequence[int]) -> list[tuple]:
-    """`flat` cut into tuples of the given sizes."""
-    groups, start = [], 0
-    for size in sizes:
-        groups.append(tuple(flat[start : start + size]))
-        start += size
-    return groups
 
 
 def _columns(array: jax.Array) -> jax.Array:
@@ -198,18 +191,34 @@ def _updates(
     limits: tuple[RowLimits, ...],
 ) -> list[StackUpdate]:
     """The updates of all stacks; `operands` are gradients, tables and slots, and what orders the updates."""
-    sizes = _num_states(geometry)
-    gradients, states, after = _grouped(operands, [len(sizes), sum(sizes), len(operands)])
+    gradients, states, after = _parts(operands, geometry)
     fields = zip(
         geometry.stacks,
-        gradients,
-        _grouped(states, sizes),
-        _grouped(list(hyperparameters), num_hyperparameters),
-        orders_of(after, len(sizes)),
+        _of_stacks(gradients, states, geometry),
+        map(tuple, states),
+        map(tuple, cut(list(hyperparameters), num_hyperparameters)),
+        orders_of(after, len(states)),
         limits,
         strict=True,
     )
     return [StackUpdate(*update) for update in fields]
+
+
+def _parts(
+    operands: Sequence[jax.Array], geometry: Geometry
+) -> tuple[list[list[jax.Array]], list[list[jax.Array]], Sequence[jax.Array]]:
+    """The gradients of each stack, its table and slots, and what orders the updates."""
+    num_gradients, num_states = geometry.num_arrays(), _num_states(geometry)
+    first, last = sum(num_gradients), sum(num_gradients) + sum(num_states)
+    return cut(operands[:first], num_gradients), cut(operands[first:last], num_states), operands[last:]
+
+
+def _of_stacks(
+    gradients: Sequence[Sequence[jax.Array]], states: Sequence[Sequence[jax.Array]], geometry: Geometry
+) -> list[jax.Array]:
+    """The gradient of each stack as a whole."""
+    each = zip(geometry.stacks, gradients, states, strict=True)
+    return [gradient_of_stack(arrays, stack, state[0].shape[-1], geometry) for stack, arrays, state in each]
 
 
 def _in_jax(update_stack: Callable[..., Sequence[jax.Array]], *operands, geometry: Geometry, **params):
@@ -232,13 +241,21 @@ def _without_rule(geometry: Geometry) -> bool:
 def _native(*operands, geometry: Geometry, **params):
     if _without_rule(geometry):
         return _in_jax(_portable_stack, *operands, geometry=geometry, **params)
-    return native.update(operands[:5], operands[5], operands[6:], geometry=geometry, **params)
+    gradients, states, after = _parts(operands[6:], geometry)
+    # The kernels read the gradients of features that have all columns of their stack; others are put together for them.
+    by_kernel = only_features_of_all_columns(geometry, [state[0].shape[-1] for state in states])
+    read = [
+        arrays if stack.features else [gradient_of_stack(arrays, whole, state[0].shape[-1], geometry)]
+        for stack, whole, arrays, state in zip(by_kernel.stacks, geometry.stacks, gradients, states, strict=True)
+    ]
+    flat = [array for arrays in (*read, *states) for array in arrays]
+    return native.update(operands[:5], operands[5], [*flat, *after], geometry=by_kernel, **params)
 
 
 def _shapes(*operands, geometry: Geometry, **params):
     del params
-    first = 6 + len(geometry.stacks)
-    return [state.update() for state in operands[first : first + sum(_num_states(geometry))]]
+    _, states, _ = _parts(operands[6:], geometry)
+    return [state.update() for of_stack in states for state in of_stack]
 
 
 update_p = define(

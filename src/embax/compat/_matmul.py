@@ -12,8 +12,8 @@ import numpy as np
 
 import embax
 from embax._matmul import checked_limits, lookup_features, update_features
-from embax._ops.unstack import stack_gradients, unstack_activations
-from embax._preprocess.buffers import MAX_MINIBATCHES, PackedLayout, PreprocessedInput, StackLayout, make_layout
+from embax._ops.unstack import join_features, split_features
+from embax._preprocess.buffers import MAX_MINIBATCHES, PreprocessedInput, make_layout
 from embax._stacking.plan import FeaturePlan, Plan, RowPlacement, StackPlan, TablePlan
 from embax.compat import _batches
 from embax.compat._batches import SparseDenseMatmulInput, arrays_of
@@ -285,18 +285,6 @@ def _limits_of(name: str, optimizer: OptimizerSpec, limits: Mapping[str, Any] | 
     return limits[name]
 
 
-def _layout_of_features(stack: Stack, dim: int, batches: Sequence[int], sparsecores: int) -> Any:
-    """What cuts the samples of a stack into features: `batches` on a device, `dim` columns of the stack."""
-    spec: Any = dataclasses.replace(stack.spec, stack_embedding_dim=dim)
-    features = []
-    for number, (_, feature) in enumerate(stack.features):
-        table = TablePlan(feature.table_spec.name, feature.table_spec.embedding_dim, RowPlacement(1, 0, 0))
-        features.append(FeaturePlan(feature.name, number, table, feature.output_shape[-1], 0, 0, 0))
-    plan = StackPlan(spec, (), tuple(features))
-    placed = StackLayout(spec.stack_name, 0, spec.combiner, plan.features, 0, 0, 0, tuple(batches), 0, 0)
-    return plan, placed, PackedLayout((placed,), 1, 1, sparsecores)
-
-
 def unstack(stack: Stack, activations: jax.Array, devices: int, sparsecores: int) -> list[jax.Array]:
     """The activations of the features of a stack, in the order of its samples: float32[batch, output dim] on a device."""
     stack.check_samples(devices, sparsecores)
@@ -312,7 +300,8 @@ def unstack(stack: Stack, activations: jax.Array, devices: int, sparsecores: int
             f"Stack {stack.spec.stack_name!r} has {activations.shape[0]} activations; its features have {sum(batches)} samples "
             f"on each of {devices} devices."
         )
-    return unstack_activations(activations, *_layout_of_features(stack, activations.shape[1], batches, sparsecores))
+    dims = [feature.output_shape[-1] for _, feature in stack.features]
+    return split_features(activations, batches, dims, sparsecores)
 
 
 def prepare_gradients(stack: Stack, gradients: Sequence[jax.Array]) -> list[jax.Array]:
@@ -333,5 +322,4 @@ def stack_up(stack: Stack, gradients: Sequence[jax.Array], sparsecores: int) -> 
             raise ValueError(
                 f"Feature {feature.name!r}: its gradient has {batch} samples, which do not divide by {sparsecores} SparseCores."
             )
-    dim = stack.spec.stack_embedding_dim
-    return stack_gradients(matrices, *_layout_of_features(stack, dim, batches, sparsecores))
+    return join_features(matrices, stack.spec.stack_embedding_dim, sparsecores)

@@ -96,7 +96,7 @@ def update(
 
     def step(batch, states):
         axis = sharded_axis()
-        return update_across(batch, [gradient], [tuple(states)], [], geometry, axis, given, [limits])[0]
+        return update_across(batch, [[gradient]], [tuple(states)], [], geometry, axis, given, [limits])[0]
 
     if in_order or geometry.max_minibatches < 2:
         return step(batch, states)

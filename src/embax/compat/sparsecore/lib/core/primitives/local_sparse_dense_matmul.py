@@ -29,7 +29,7 @@ def _look_up(
     row_pointers = jnp.full(row_pointers_per_segment(1), ids.shape[0], jnp.int32)
     stack = StackGeometry(_NAME, 0, 0, ids.shape[0], device_batch_size, None, table.shape[1], 1, 1)
     packed = PreprocessedInput(row_pointers, ids, samples, gains, PackedLayout((), 1, 1, 1))
-    return lookup_stacks(packed, [table], Geometry((stack,), 1, 0))[0]
+    return lookup_stacks(packed, [table], Geometry((stack,), 1, 0))[0][0]
 
 
 tpu_local_sparse_dense_matmul_primitive = define(_NAME, _shapes, _look_up, multiple_results=False)

@@ -62,7 +62,7 @@ def _look_up(
         num_sparsecores=num_sparsecores_per_device,
         quantization=quantization_config,
     )
-    return lookup_across(batch, [table], geometry, sharded_axis())[0]
+    return lookup_across(batch, [table], geometry, sharded_axis())[0][0]
 
 
 def _look_up_off_tpu(*operands: jax.Array, quantization_config: Any = None, **params: Any) -> jax.Array:
