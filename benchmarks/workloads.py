@@ -62,10 +62,10 @@ class Workload:
         return Setting(**{f: getattr(self, f) for f in fields}, optimizer=optimizer, data=data, **options)
 
     def specs(self) -> Any:
-        """Placed features of embax, with full-slot Adagrad as optimizer."""
+        """Placed features of embax, each table by itself, with full-slot Adagrad as optimizer."""
         from benchmarks.sides.embax_side import specs_of
 
-        return specs_of(self.setting())
+        return specs_of(dataclasses.replace(self, stacked=False).setting())
 
     def batches(self, count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
         """`count` batches of ids: int32[batch, valency] of each feature."""
@@ -95,10 +95,10 @@ class Workload:
         return ids
 
 
-CRITEO = Workload("criteo", 26, 100_000, 32, 4096, 1, 1.05)
+CRITEO = Workload("criteo", 26, 100_000, 32, 4096, 1, 1.05, stacked=True)
 WIDE = Workload("wide", 1, 4_000_000, 64, 8192, 4, None)
 MULTIHOT = Workload("multihot", 8, 1_000_000, 128, 2048, 20, 1.05)
-SMALL = Workload("small", 512, 1_000, 16, 2048, 1, 1.05)
+SMALL = Workload("small", 512, 1_000, 16, 2048, 1, 1.05, stacked=True)
 HOT = dataclasses.replace(WIDE, name="hot", hot=True)
 HUGE = Workload("huge", 1, 16_777_216, 128, 8192, 4, None)
 WORKLOADS = {workload.name: workload for workload in (CRITEO, WIDE, MULTIHOT, SMALL, HOT, HUGE)}

@@ -188,7 +188,8 @@ def several_features(dim, narrow=False):
     }
     batches = {"b1": ("b", 9), "c1": ("c", 1), "a1": ("a", 8), "c2": ("c", 13), "b2": ("b", 2)}
     features = {
-        name: oracle.feature_spec(name, tables[table], batch=batch, valency=6) for name, (table, batch) in batches.items()
+        name: oracle.feature_spec(name, tables[table], batch=batch, valency=6)
+        for name, (table, batch) in batches.items()
     }
     if narrow:
         features["a1"] = oracle.feature_spec("a1", tables["a"], 8, 6, output_shape=(8, dim - 3))

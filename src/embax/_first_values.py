@@ -20,8 +20,9 @@ from embax._stacking.plan import Plan, RowPlacement, StackPlan, TablePlan
 from embax.optimizers import OptimizerSpec
 from embax.optimizers._base import Initializer
 
-CHUNK_ELEMENTS = 1 << 20
-"""Elements of a table that are drawn at a time."""
+MIN_CHUNK_ELEMENTS = 1 << 17
+MAX_CHUNK_ELEMENTS = 1 << 20
+"""Elements of a table that are drawn at a time: the more the faster, but they take several times their memory."""
 
 _THREEFRY = "threefry2x32"
 
@@ -253,8 +254,9 @@ def _format_of(key: jax.Array, optimizer: OptimizerSpec) -> Format | None:
 
 
 def _chunk_rows(table: TablePlan, dim: int) -> int:
-    """Rows of a chunk, a power of two: about `CHUNK_ELEMENTS` elements, and not many more than the table has."""
-    by_memory = max(CHUNK_ELEMENTS // dim, 1)
+    """Rows of a chunk, a power of two: a small share of a large table, and not many more than a small one has."""
+    elements = min(max(table.vocabulary_size * dim // 32, MIN_CHUNK_ELEMENTS), MAX_CHUNK_ELEMENTS)
+    by_memory = max(elements // dim, 1)
     return 1 << min(by_memory.bit_length() - 1, (table.vocabulary_size - 1).bit_length())
 
 
