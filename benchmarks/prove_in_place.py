@@ -22,6 +22,9 @@ from flax import nnx
 import embax
 import embax.nnx.embed
 
+FOR_MEMORY_ALONE = {"xla_backend_optimization_level": 0}
+"""Options for programs that are not run: XLA assigns memory before it makes code, and CPU code is slow to optimize."""
+
 BATCH, DIM, STEPS = 64, 16, 3
 VOCABULARIES = (1 << 20, 1 << 22)
 
@@ -84,6 +87,11 @@ class Setting:
     minibatching: bool = False
     device: Any = None
 
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """What the step is compiled with."""
+        return FOR_MEMORY_ALONE if self.device is None and jax.default_backend() == "cpu" else None
+
     def arrays(self, vocabulary: int) -> list[jax.ShapeDtypeStruct]:
         """All tables and slots."""
         specs = self.specs_of(vocabulary)
@@ -114,7 +122,7 @@ def compile_explicit(vocabulary: int, loss: Callable, setting: Setting, *, scan:
     variables = jax.eval_shape(lambda key: embax.init_embedding_variables(key, specs), jax.random.key(0))
     packed = abstract(packed_batch(specs, setting.minibatching), setting.device, STEPS if scan else None)
     jitted = jax.jit(steps if scan else step, donate_argnames="variables")
-    return jitted.lower(abstract(variables, setting.device), packed).compile()
+    return jitted.lower(abstract(variables, setting.device), packed).compile(setting.compiler_options)
 
 
 class Model(nnx.Module):
@@ -156,7 +164,7 @@ def compile_nnx(vocabulary: int, loss: Callable, setting: Setting, *, scan: bool
     packed = packed_batch(model.embed.feature_specs, setting.minibatching)
     packed = abstract(packed, setting.device, STEPS if scan else None)
     jitted = nnx.jit(steps if scan else step, donate_argnames=("model", "optimizer"))
-    return jitted.lower(model, optimizer, packed).compile().compiled
+    return jitted.lower(model, optimizer, packed).compile(setting.compiler_options).compiled
 
 
 FORMS = {

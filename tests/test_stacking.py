@@ -196,8 +196,9 @@ def several_features(dim, narrow=False):
     return features
 
 
-@pytest.mark.parametrize("num_sparsecores", [1, 3, 4])
-@pytest.mark.parametrize(("dim", "narrow"), [(8, False), (8, True), (128, False)])
+@pytest.mark.parametrize(
+    ("num_sparsecores", "dim", "narrow"), [(1, 8, False), (4, 8, False), (3, 8, True), (3, 128, False)]
+)
 def test_features_of_a_stack_train_as_they_do_alone(num_sparsecores, dim, narrow):
     rng = np.random.default_rng(0)
     vocabularies = {name: spec.table_spec.vocabulary_size for name, spec in several_features(8).items()}
