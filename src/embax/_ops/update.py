@@ -204,9 +204,7 @@ def _updates(
     return [StackUpdate(*update) for update in fields]
 
 
-def _parts(
-    operands: Sequence[jax.Array], geometry: Geometry
-) -> tuple[list[list[jax.Array]], list[list[jax.Array]], Sequence[jax.Array]]:
+def _parts(operands: Sequence[Any], geometry: Geometry) -> tuple[list[list[Any]], list[list[Any]], Sequence[Any]]:
     """The gradients of each stack, its table and slots, and what orders the updates."""
     num_gradients, num_states = geometry.num_arrays(), _num_states(geometry)
     first, last = sum(num_gradients), sum(num_gradients) + sum(num_states)
