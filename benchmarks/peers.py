@@ -154,8 +154,8 @@ def report(trials: Trials, peers: list[SideProgram], rounds: int) -> str:
         "timed as a whole: it waits for its last step alone, so JAX computes a step while Python begins the next. Times are",
         "medians; a ratio is the median of the rounds' ratios, with its range, and above 1 where embax is faster. All sides are",
         "first checked to have the same rows and activations after a few steps, but for what stands below the tables. Where it",
-        "is said below, `embax.auto_stack_tables` makes one table of a workload's; FBGEMM and IPEX take all of its tables in one",
-        "call too. Not shown: anything but one machine's CPU, and the dense part of a model.",
+        "is said below, `embax.auto_stack_tables` makes few tables of many; FBGEMM and IPEX take all tables in one call too. Not",
+        "shown: anything but one machine's CPU, and the dense part of a model.",
         "",
         f"Machine: {machine()}; {versions(peers)}.",
     ]

@@ -17,6 +17,7 @@ namespace ffi = xla::ffi;
 using Int32s = ffi::Buffer<ffi::S32, 1>;
 using Floats = ffi::Buffer<ffi::F32, 1>;
 using Int64Span = ffi::Span<const int64_t>;
+using FloatSpan = ffi::Span<const float>;
 
 inline ffi::Error Invalid(const std::string& what) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "embax: " + what);

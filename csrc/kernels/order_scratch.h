@@ -28,7 +28,7 @@ class PartitionScratch {
     Shrink();
     uint64_t* memory = numbers_.Reserve(3 * keys);
     float* const floats = floats_.Reserve(keys + dim);
-    task.scratch = {memory, memory + keys, memory + 2 * keys, ends_.Reserve(task.num_sources), floats, floats + keys};
+    task.scratch = {entries, memory, memory + keys, memory + 2 * keys, ends_.Reserve(task.num_sources), floats, floats + keys};
   }
 
  private:

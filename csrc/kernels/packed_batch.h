@@ -138,10 +138,12 @@ ffi::Error RunTasks(ffi::ThreadPool threads, int64_t count, int64_t bytes, Task&
   return ffi::Error::Success();
 }
 
-// An array [rows, columns], or [rows], which is one column; without data where a buffer is neither, or not float32.
+// An array [rows, columns], or [rows], which is one column; not valid where a buffer is neither, or not float32.
 struct Columns {
-  float* data = nullptr;
-  int64_t rows = 0, columns = 0;
+  float* data = nullptr;  // May be null where there are no elements.
+  int64_t rows = 0, columns = -1;
+
+  bool valid() const { return columns >= 0; }
 
   template <typename Buffers>
   static Columns Of(const Buffers& buffers, int64_t k) {

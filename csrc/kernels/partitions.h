@@ -1,4 +1,5 @@
-// Where the partitions of a SparseCore's entries lie, whatever row pointers say, and what in them names certain rows. Compiled once for each instruction set.
+// Where the partitions of a SparseCore's entries lie, whatever row pointers say, and what in them names certain rows. Compiled once
+// for each instruction set.
 #ifndef EMBAX_KERNELS_PARTITIONS_H_
 #define EMBAX_KERNELS_PARTITIONS_H_
 

@@ -46,7 +46,6 @@ class RowLists {
     t.entries = sources.data();
     t.num_sources = static_cast<int64_t>(sources.size());
     t.num_minibatches = batch_.num_minibatches();
-    t.num_samples = batch_.stack(stack).samples_per_sparsecore;
     t.rows_per_partition = num_rows_[stack] / batch_.sparsecores_per_device();
     const int64_t end = std::min(begin + per_part_, batch_.num_sparsecores());
     for (t.partition = begin; t.partition < end; ++t.partition) {
@@ -69,6 +68,7 @@ class RowLists {
       ForEachPartition(task, [&](const PartitionTask& partition) {
         ListTask t{};
         static_cast<PartitionTask&>(t) = partition;
+        t.num_samples = batch_.stack(stack_of(task)).samples_per_sparsecore;
         t.max_rows = t.rows_per_partition;
         counts[t.partition] = kernels.list_rows(t);
       });
@@ -148,6 +148,7 @@ ffi::Error DistinctRows(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids
     lists.ForEachPartition(task, [&](const PartitionTask& partition) {
       ListTask t{};
       static_cast<PartitionTask&>(t) = partition;
+      t.num_samples = batch.stack(stack).samples_per_sparsecore;
       t.max_rows = lists.count(stack, t.partition);
       t.first_row = lists.FirstRow(t);
       t.first_slot = static_cast<int32_t>(lists.Starts(stack)[t.partition]);
@@ -184,7 +185,7 @@ ffi::Error RowGradients(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids
     const int64_t capacity = batch.stack(k).capacity;
     stack = {Columns::Of(gradients, k), Columns::Of(results, 3 * k + 2), Int32Result(results, 3 * k, capacity),
              Int32Result(results, 3 * k + 1, num_owners)};
-    if (stack.gradient.data == nullptr || stack.sums.data == nullptr || stack.rows == nullptr || stack.ends == nullptr ||
+    if (!stack.gradient.valid() || !stack.sums.valid() || stack.rows == nullptr || stack.ends == nullptr ||
         stack.sums.rows != capacity || stack.sums.columns != stack.gradient.columns ||
         stack.gradient.rows != batch.stack(k).samples_per_sparsecore * sparsecores_per_device) {
       return Invalid("row_gradients: an operand or a result of stack " + std::to_string(k) + " has a wrong size");
@@ -223,7 +224,7 @@ ffi::Error TakeRows(ffi::ThreadPool threads, ffi::AnyBuffer array, Int32s places
   constexpr int64_t kRowsPerTask = 1024;
   const Columns from = Columns::Of(array), to = Columns::Of(*result);
   const int64_t count = places.element_count(), columns = from.columns;
-  if (from.data == nullptr || to.data == nullptr || to.rows != count || to.columns != columns) {
+  if (!from.valid() || !to.valid() || to.rows != count || to.columns != columns) {
     return Invalid("take_rows: the array, the places and the result do not match");
   }
   const int32_t* wanted = places.typed_data();

@@ -121,12 +121,15 @@ inline __attribute__((always_inline)) RowOrder OrderRows(const PartitionTask& t,
   int64_t runs = 0;
   for (int64_t s = 0; s < t.num_sources; ++s) {
     const Entries& entries = t.entries[s];
-    const Range range = InPart(t, entries, part);
+    Range range = InPart(t, entries, part);
+    // If somebody changes the arrays after entries were counted, some are lost, no more.
+    range.end = Min(range.end, range.begin + (t.scratch.count - n));
     auto describe = of_source(entries, s / t.num_minibatches);
     const uint32_t first = n;
     for (int64_t e = range.begin; e < range.end; ++e) {
-      const bool in_part = entries.ids[e] >= part.begin && entries.ids[e] < part.end;
-      keys[n] = static_cast<uint64_t>(static_cast<uint32_t>(entries.ids[e])) << 32 | n;
+      const int32_t id = entries.ids[e];
+      const bool in_part = id >= part.begin && id < part.end;
+      keys[n] = static_cast<uint64_t>(static_cast<uint32_t>(id)) << 32 | n;
       n += in_part & describe(e, what[n], n);
     }
     if (n != first) ends[runs++] = n;

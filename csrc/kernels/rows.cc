@@ -76,7 +76,7 @@ inline bool OrderSamples(const LookupTask& t) {
         for (int64_t e = begin; e < end; ++e) {
           const int32_t id = entries.ids[e];
           const int64_t sample = entries.samples[e] - t.first_sample;
-          if (InRange(id, t.rows_per_partition) && InRange(sample, t.num_samples)) {
+          if (InRange(id, t.rows_per_partition) && sample >= 0 && sample < t.num_samples) {
             use(sample, partition * t.partition_stride + id, entries.gains[e]);
           }
         }
@@ -196,8 +196,9 @@ inline RowOrder OrderGradients(const GradientTask& t) {
   return OrderRows(t, [&](const Entries& source, int64_t sparsecore) {
     return [samples = source.samples, from = source.gains, gains = t.scratch.gains, dim = t.dim,
             rows = SampleRows(t.gradients, t.num_features, sparsecore, t.dim)](int64_t e, uint64_t& what, uint32_t n) mutable {
-      const bool has_row = rows.Has(samples[e]);
-      what = reinterpret_cast<uintptr_t>(rows.Of(samples[e], dim));
+      const int32_t sample = samples[e];  // Read once: somebody may change it meanwhile.
+      const bool has_row = rows.Has(sample);
+      what = has_row ? reinterpret_cast<uintptr_t>(rows.Of(sample, dim)) : 0;
       gains[n] = from[e];
       return has_row;
     };

@@ -77,8 +77,9 @@ struct RowOptions {
   float clip_value = HUGE_VALF, clip_norm = HUGE_VALF, l2 = 0, min = -HUGE_VALF, max = HUGE_VALF, decay = 0;
 };
 
-// What the entries of a partition are put in order in: `count` is what RowKernels::count_entries says of them.
+// What the entries of a partition are put in order in: `count` of them, as RowKernels::count_entries says.
 struct OrderScratch {
+  int64_t count;
   uint64_t* keys;        // [count + 1]
   uint64_t* other_keys;  // [count + 1]
   uint64_t* what;        // [count + 1]
@@ -93,7 +94,6 @@ struct PartitionTask {
   int64_t num_sources;
   int64_t num_minibatches;
   int64_t partition;
-  int64_t num_samples;         // Of a SparseCore.
   int64_t rows_per_partition;  // What ids must be below.
   // The part of the partition's rows that the task is about: of `num_parts` with about as many entries each.
   int64_t part = 0, num_parts = 1;
@@ -103,6 +103,7 @@ struct PartitionTask {
 // Lists the rows that entries name, each once, ascending; returns their number. Rows that do not ascend, which no packing
 // makes, and those beyond `max_rows` are left out.
 struct ListTask : PartitionTask {
+  int64_t num_samples;      // Of a SparseCore.
   int64_t max_rows;
   int32_t first_row;        // Of the partition.
   int32_t first_slot;       // Place in the list of the first row.

@@ -297,13 +297,21 @@ void TestUpdate(const RowKernels& kernels, const embax::RowRule& rule, std::mt19
     task.partition = p;
     task.gradients = gradient.features().data();
     task.num_features = gradient.features().size();
-    task.num_samples = batch.samples;
     for (int k = 0; k <= rule.num_slots; ++k) task.state[k] = state[k].data() + p * batch.rows * columns(k);
     task.rows_per_partition = batch.rows;
     task.dim = dim;
     task.width = width;
     task.options = options;
     task.hyperparameters = hyperparameters.data();
+    // Memory for no entries, as if row pointers had changed after these were counted.
+    std::vector<Entries> none = entries;
+    for (Entries& one : none) one.capacity = 0;
+    UpdateTask small = task;
+    small.entries = none.data();
+    embax::PartitionScratch of_none;
+    of_none.Serve(small, kernels, dim);
+    small.entries = entries.data();
+    rule.update(small);
     embax::PartitionScratch scratch;  // Of its own, so that the sanitizers see where it ends.
     scratch.Serve(task, kernels, dim);
     rule.update(task);

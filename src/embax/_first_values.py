@@ -21,8 +21,10 @@ from embax.optimizers import OptimizerSpec
 from embax.optimizers._base import Initializer
 
 MIN_CHUNK_ELEMENTS = 1 << 17
+"""Elements of a table that are drawn at a time: the more the faster, but drawing takes several times their memory."""
+
 MAX_CHUNK_ELEMENTS = 1 << 20
-"""Elements of a table that are drawn at a time: the more the faster, but they take several times their memory."""
+"""At most as many."""
 
 _THREEFRY = "threefry2x32"
 

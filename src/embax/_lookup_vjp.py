@@ -122,8 +122,8 @@ def _forward(settings, variables, lookups, packed, step):
     variables, lookups, packed, step = jax.tree.map(lambda leaf: leaf.value, (variables, lookups, packed, step))
     if updates:
         note_differentiated({stack.name: variables[stack.name] for stack in settings.plan.stacks}, settings.frozen)
-    features, stacked = _lookup(settings, variables, packed)
-    return features, (variables, lookups, packed, step, stacked, _flag(updates), _flag(of_gains))
+    features, looked_up = _lookup(settings, variables, packed)
+    return features, (variables, lookups, packed, step, looked_up, _flag(updates), _flag(of_gains))
 
 
 def _flag(value: bool) -> tuple[()] | None:
@@ -143,22 +143,22 @@ def _gain_gradients(
     gradients: list[jax.Array],
     packed: PreprocessedInput,
     variables: dict[str, Any],
-    stacked: list[jax.Array],
+    looked_up: list[jax.Array],
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The gradient with respect to the gains, and of each stack an array that is known when its rows have been read."""
 
-    def products_of(gradients, packed, variables, stacked):
+    def products_of(gradients, packed, variables, looked_up):
         products = gain_gradients_of_features(gradients, packed, variables, settings.plan, settings.axis_name)
         after = [
             read[:1, :1].reshape(-1) + product[:1] if read.size and product.size else read
-            for read, product in zip(stacked, products, strict=True)
+            for read, product in zip(looked_up, products, strict=True)
         ]
         return jnp.concatenate(products).reshape(packed.gains.shape), after
 
     if settings.mesh is not None:
         spec = settings.mesh.leading
         products_of = on_devices(settings.mesh, products_of, (spec, spec, spec, spec), spec)
-    return products_of(gradients, packed, variables, stacked)
+    return products_of(gradients, packed, variables, looked_up)
 
 
 def update_of(
@@ -195,11 +195,11 @@ def update_of(
 
 
 def _backward(settings, residuals, gradients):
-    variables, lookups, packed, step, stacked, updates, of_gains = residuals
+    variables, lookups, packed, step, looked_up, updates, of_gains = residuals
     gradients = list(map(_instantiated, gradients))
-    new, of_packed, after = None, None, stacked
+    new, of_packed, after = None, None, looked_up
     if of_gains is not None:
-        gains, after = _gain_gradients(settings, gradients, packed, variables, stacked)
+        gains, after = _gain_gradients(settings, gradients, packed, variables, looked_up)
         of_packed = jax.tree.map(lambda _: None, packed).replace(gains=gains)
     if updates is not None:
         new = update_of(settings, gradients, packed, variables, step, after)

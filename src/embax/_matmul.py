@@ -130,7 +130,7 @@ def check_activations(what: str, feature: FeaturePlan, batch: int, array: Any) -
 def lookup_features(
     packed: PreprocessedInput, variables: Mapping[str, EmbeddingVariables], plan: Plan, axis_name: Any = None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Activations of each feature in the order of the feature leaves, and of each stack those that `after` may hold of it."""
+    """Activations of each feature in the order of the feature leaves, and of each stack what `after` may hold of it."""
     check_variables(variables, plan, without_slots=[stack.name for stack in plan.stacks])
     axis = axis_of(plan, axis_name)
     geometry = make_geometry(plan, packed)
@@ -139,9 +139,12 @@ def lookup_features(
     features: dict[int, jax.Array] = {}
     for stack, activations in zip(plan.stacks, by_stack, strict=True):
         features.update(zip((feature.leaf for feature in stack.features), activations, strict=True))
-    return [features[leaf] for leaf in range(plan.num_features)], [
-        max(arrays, key=lambda array: array.size) for arrays in by_stack
-    ]
+    return [features[leaf] for leaf in range(plan.num_features)], list(map(_largest, by_stack))
+
+
+def _largest(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Of the activations of a stack those that tell when it has been looked up: they have elements, if any have."""
+    return max(arrays, key=lambda array: array.size)
 
 
 def gain_gradients_of_features(
@@ -241,7 +244,7 @@ def ordered_after(activations: Any, packed: PreprocessedInput, plan: Plan, struc
     for stack, placed in zip(plan.stacks, packed.layout.stacks, strict=True):
         for feature, batch in zip(stack.features, placed.batch_sizes, strict=True):
             check_activations("activation", feature, batch, by_leaf[feature.leaf])
-        after.append(by_leaf[stack.features[0].leaf])
+        after.append(_largest([by_leaf[feature.leaf] for feature in stack.features]))
     return after
 
 

@@ -26,8 +26,8 @@ from embax.optimizers import OptimizerSpec
 class FeatureGeometry(NamedTuple):
     """The activations of a feature on a device: float32[num_samples, dim].
 
-    `first_row` is, of each SparseCore, the first row that this feature and those behind it look up in, and none before it in its
-    stack; None where it shares rows with one before it, or lies behind one whose rows come later.
+    `first_row`: on each SparseCore, where the rows of this feature and those behind it in its stack begin, and those of features
+    before it have ended; None where rows of the two are mixed.
     """
 
     num_samples: int
@@ -245,16 +245,12 @@ def _check_layout(layout: PackedLayout, plan: Plan) -> None:
 
 def _features(features: Sequence[FeaturePlan], batch_sizes: Sequence[int]) -> tuple[FeatureGeometry, ...]:
     rows = [feature.table.rows.row_offset_in_shard for feature in features]
+    last_before = itertools.accumulate(rows[:-1], max, initial=-1)
+    least_from_here = reversed([*itertools.accumulate(reversed(rows), min)])
+    each = zip(features, batch_sizes, rows, last_before, least_from_here, strict=True)
     return tuple(
         FeatureGeometry(batch, feature.output_dim, row if row > last and row == least else None)
-        for feature, batch, row, last, least in zip(
-            features,
-            batch_sizes,
-            rows,
-            [-1, *itertools.accumulate(rows, max)],  # Of the features before.
-            [*itertools.accumulate(reversed(rows), min)][::-1],  # Of the feature itself and those behind it.
-            strict=False,
-        )
+        for feature, batch, row, last, least in each
     )
 
 

@@ -79,6 +79,7 @@ def apply_rows(
     Returns:
         New table and slots of each stack.
     """
+    geometry = geometry.without_features()
     parts = [[[array] for array in arrays] for arrays in (rows, gradients)]
     return _by_rule(apply_rows_p, [], parts, states, after, geometry, step, limits)
 
