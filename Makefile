@@ -116,7 +116,7 @@ endef
 define native_tests
 	$(call native_build,$(1),$(2),embax_tests)
 	@cd $(CURDIR) && PATH="$(abspath $(TOOLS))/bin:$$PATH" && \
-	  ctest --test-dir build/$(1) --output-on-failure --no-tests=error
+	  ctest --test-dir build/$(1) --output-on-failure --no-tests=error --parallel $(WORKERS)
 endef
 
 reference:
