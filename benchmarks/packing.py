@@ -118,10 +118,10 @@ def compare(workload: Workload, oversize: int, rounds: int) -> dict[str, float]:
 def report_time(names: list[str], rounds: int) -> list[str]:
     """A table of both sides' times, with buffers as large as needed and with oversized ones."""
     lines = [
-        f"Packing on the host, {SPARSECORES} SparseCores, ids in, buffers out. Medians of {rounds} rounds in which the sides",
-        "take turns, each beginning with a call that is not timed; the ratio is the median of the rounds' ratios, with its",
-        "range. Both sides pack the same buffers, which is checked first, with their default threads. A packed batch is let go",
-        "at once, so embax packs the next one into its memory.",
+        f"Packing on the host, {SPARSECORES} SparseCores, each table by itself, ids in, buffers out. Medians of {rounds} rounds",
+        "in which the sides take turns, each beginning with a call that is not timed; the ratio is the median of the rounds'",
+        "ratios, with its range. Both sides pack the same buffers, which is checked first, with their default threads. A packed",
+        "batch is let go at once, so embax packs the next one into its memory.",
         "",
         "| workload | buffers | embax, ms | embax, one thread, ms | reference, ms | reference / embax |",
         "|---|---|---|---|---|---|",

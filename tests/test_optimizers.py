@@ -226,9 +226,8 @@ def make_features(num_sparsecores, every_combiner):
     return embax.prepare_feature_specs_for_training(features, 1, num_sparsecores), cases
 
 
-@pytest.mark.parametrize(
-    ("backend", "num_sparsecores"), [*(("native", number) for number in SPARSECORES), ("portable", SPARSECORES[-1])]
-)
+@pytest.mark.parametrize("num_sparsecores", SPARSECORES)
+@pytest.mark.parametrize("backend", ["native", "portable"])
 def test_twenty_steps_follow_the_formula(backend, num_sparsecores):
     specs, cases = make_features(num_sparsecores, every_combiner=backend == "native")
     variables = embax.init_embedding_variables(jax.random.key(0), specs)
@@ -470,11 +469,10 @@ print([zlib.crc32(np.asarray(array).tobytes()) for array in jax.tree.leaves(vari
 
 
 @pytest.mark.parametrize(("backend", "runs"), [("native", "122"), ("portable", "12")])
-def test_the_same_bits_for_any_number_of_threads_and_on_repetition(backend, runs, tmp_path):
+def test_the_same_bits_for_any_number_of_threads_and_on_repetition(backend, runs):
     results = set()
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     for threads in runs:
-        env = {**os.environ, **cache, "JAX_PLATFORMS": "cpu", "EMBAX_NUM_THREADS": threads, "EMBAX_BACKEND": backend}
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "EMBAX_NUM_THREADS": threads, "EMBAX_BACKEND": backend}
         run = subprocess.run([sys.executable, "-c", PROGRAM], env=env, check=True, capture_output=True, text=True)
         results.add(run.stdout)
     assert len(results) == 1

@@ -71,7 +71,7 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
   }
   // Features whose rows no others of their stack have.
   struct Group {
-    int64_t stack;
+    int64_t stack, table_rows;
     LookupTask task;
   };
   std::vector<Group> groups;
@@ -105,7 +105,7 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
         }
         t.first_sample = rows.begin;
         t.features = &rows;
-        groups.push_back({k, t});
+        groups.push_back({k, table.rows, t});
         outs.push_back(out);
       }
       groups.back().task.num_features += 1;
@@ -128,7 +128,7 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
       batch.Append(group.stack, t.sparsecore, minibatches);
       t.minibatches = minibatches.data();
       t.num_minibatches = batch.num_minibatches();
-      LookupScratch::OfThread().Serve(t, batch.stack(group.stack).samples_per_sparsecore, Columns::Of(tables, group.stack).rows);
+      LookupScratch::OfThread().Serve(t, batch.stack(group.stack).samples_per_sparsecore, group.table_rows);
       kernels.lookup(t);
     }
   });

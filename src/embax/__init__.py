@@ -4,7 +4,6 @@ from embax import fdo as fdo
 from embax._format import table_format as table_format
 from embax._matmul import apply_gradients as apply_gradients
 from embax._matmul import lookup as lookup
-from embax._matmul import read_rows as read_rows
 from embax._mesh import StepsInFlight as StepsInFlight
 from embax._mesh import place_batch as place_batch
 from embax._ops.backend import default_backend as default_backend
@@ -26,6 +25,7 @@ from embax._preprocess.sizes import compute_row_pointers_size_per_device as comp
 from embax._preprocess.sizes import compute_theoretical_max_coo_buffer_size as compute_theoretical_max_coo_buffer_size
 from embax._preprocess.stats import SparseDenseMatmulInputStats as SparseDenseMatmulInputStats
 from embax._rows import load_tables as load_tables
+from embax._rows import read_rows as read_rows
 from embax._rows import write_rows as write_rows
 from embax._sparse_gradients import SparseGradient as SparseGradient
 from embax._sparse_gradients import apply_sparse_gradients as apply_sparse_gradients

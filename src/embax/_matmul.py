@@ -9,17 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from embax._blocks import rows_by_number
 from embax._checks import boolean, is_finite_number
 from embax._ops.across_devices import gain_gradients_across, lookup_across, update_across
 from embax._ops.geometry import axis_of, inside_shard_map, make_geometry
 from embax._ops.row_update import NO_LIMITS, RowLimits
 from embax._ops.unstack import join_features
-from embax._preprocess.arrays import beyond_int64, find, to_numpy
 from embax._preprocess.buffers import PreprocessedInput
 from embax._specs import FeatureSpec
-from embax._stacking.layout import physical_rows
-from embax._stacking.plan import FeaturePlan, Plan, StackPlan, TablePlan, make_plan
+from embax._stacking.plan import FeaturePlan, Plan, make_plan
 from embax._types import Array, Bool, PyTreeDef
 from embax._variables import EmbeddingVariables
 
@@ -341,64 +338,3 @@ def apply_gradients(
     return update_features(
         leaves, packed, variables, plan, step, after, row_limits, axis_name, skip_nonfinite=skip_nonfinite
     )
-
-
-def read_rows(variables: Mapping[str, EmbeddingVariables], table: str, ids: Any, *, specs: Any) -> jax.Array:
-    """Rows of one table by id, as they are stored: not combined, weighted or quantized.
-
-    Args:
-        variables: `EmbeddingVariables` of each stack by name.
-        table: name of the table.
-        ids: integer array of any shape; outside jit every id must be in `[0, vocabulary_size)`.
-        specs: pytree of placed `FeatureSpec`.
-
-    Returns:
-        float32[*ids.shape, embedding_dim]; inside jit NaN for an id outside the vocabulary.
-
-    Raises:
-        ValueError: the table is unknown, or an id is not an integer or is outside the vocabulary.
-    """
-    plan, stack, planned = place_of_table(table, specs)
-    check_variables(variables, plan, without_slots=[one.name for one in plan.stacks])
-    rows = valid_ids(ids, table, planned.vocabulary_size)
-    values = jax.tree.leaves(variables[stack.name])[0]
-    physical = physical_rows(jnp.maximum(rows, 0), planned.rows, stack.shape[0], plan.num_sparsecores)
-    values = rows_by_number(lambda values, rows: values[rows], values, physical, writes=False)
-    return jnp.where((rows < 0)[..., None], jnp.nan, values[..., : planned.embedding_dim])
-
-
-def place_of_table(table: str, specs: Any) -> tuple[Plan, StackPlan, TablePlan]:
-    """The plan, and the place of a table in it.
-
-    Raises:
-        ValueError: there is no such table.
-    """
-    plan = make_plan(specs)
-    places = {planned.name: (stack, planned) for stack in plan.stacks for planned in stack.tables}
-    if not isinstance(table, str) or table not in places:
-        raise ValueError(f"There is no table {table!r}; the tables are {sorted(places)}.")
-    return plan, *places[table]
-
-
-def valid_ids(ids: Any, table: str, vocabulary_size: int) -> jax.Array:
-    """Ids as int32; -1 for one outside the vocabulary inside jit, where none can be refused."""
-    owner, traced = f"Table {table!r}", isinstance(ids, Tracer)
-    if not traced and find(ids, Tracer) is not None:
-        raise ValueError(f"{owner}: ids are a list of values traced by JAX; make one array of it with jnp.stack.")
-    array = ids if traced else to_numpy(owner, ids, "ids", "Make lists of one length, or read one after another.")
-    if array.size == 0:
-        return jnp.zeros(array.shape, jnp.int32)
-    if beyond_int64(array):
-        bad = (array < 0) | (array >= vocabulary_size)  # Some are, so that this ends in the error below.
-    elif jnp.issubdtype(array.dtype, jnp.integer):
-        limit = min(vocabulary_size - 1, jnp.iinfo(array.dtype).max)
-        bad = (array < 0) | (array > array.dtype.type(limit))
-    else:
-        raise ValueError(f"{owner}: ids are {array.dtype}; they must be integers.")
-    if not traced and bad.any():
-        place = tuple(map(int, np.argwhere(bad)[0]))
-        raise ValueError(
-            f"Table {table!r}: id {array[place]} at position {place} is outside the vocabulary, 0 to {vocabulary_size - 1}. Ask "
-            "for rows that exist."
-        )
-    return jnp.where(bad, jnp.int32(-1), array.astype(jnp.int32))

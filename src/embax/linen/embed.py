@@ -14,10 +14,10 @@ except ImportError as error:
 
 from embax._layer import Shell, float32_variables, known_lookups, refuse_several
 from embax._lookup_vjp import update_of
-from embax._matmul import flatten_like, read_rows
+from embax._matmul import flatten_like
 from embax._preprocess.all_reduce import AllReduceInterface
 from embax._preprocess.buffers import PreprocessedInput
-from embax._rows import load_tables, write_rows
+from embax._rows import load_tables, read_rows, write_rows
 from embax._specs import FeatureSpec
 from embax._variables import EmbeddingVariables
 from embax.linen._box import EMBEDDING_PARAM_NAME as EMBEDDING_PARAM_NAME

@@ -16,10 +16,9 @@ except ImportError as error:
     raise ImportError("embax.nnx needs Flax and optax: pip install 'embax[flax]'") from error
 
 from embax._layer import Shell, chosen, refuse_several
-from embax._matmul import read_rows
 from embax._mesh import TableMesh, replicated
 from embax._preprocess.buffers import PreprocessedInput
-from embax._rows import load_tables, write_rows
+from embax._rows import load_tables, read_rows, write_rows
 from embax._variables import EmbeddingVariables, without_slots
 
 
