@@ -16,7 +16,7 @@ import pytest
 
 import embax
 from embax import _blocks, checkpoint
-from embax._matmul import read_rows
+from embax._rows import read_rows
 from embax._stacking.layout import take_table
 from embax._stacking.plan import make_plan
 from embax._variables import EmbeddingVariables

@@ -15,7 +15,7 @@ from flax import nnx
 
 import embax
 from embax import checkpoint
-from embax._matmul import read_rows
+from embax._rows import read_rows
 from embax._stacking.layout import take_table
 from embax._stacking.plan import make_plan
 from embax.checkpoint import CheckpointError, _load
