@@ -20,6 +20,7 @@ from embax._ops.geometry import Geometry, StackGeometry
 from embax._ops.lookup import lookup_stacks, quantize
 from embax._ops.row_sums import RowSums, distinct_rows, group, row_gradients, sum_groups, take_rows
 from embax._ops.row_update import RowLimits, ordered, orders_of
+from embax._ops.segments import count_up_to
 from embax._ops.update import apply_rows
 from embax._ops.varying import as_varying
 from embax._preprocess.buffers import PreprocessedInput, StackLayout
@@ -213,8 +214,7 @@ def _received_at(slots: jax.Array, one: _Outgoing, starts: jax.Array, rows: jax.
         rows: int32[num_devices, size], what was asked for.
     """
     counts = jnp.sum(rows != INT32_MAX, axis=1, dtype=jnp.int32)
-    owner = jnp.searchsorted(one.ends, slots, side="right", method="scan_unrolled").astype(jnp.int32)
-    owner = jnp.minimum(owner, starts.shape[0] - 1)
+    owner = jnp.minimum(count_up_to(one.ends, slots), starts.shape[0] - 1)
     place = slots - starts[owner]
     received = (slots >= 0) & (place >= 0) & (place < counts[owner])
     return jnp.where(received, owner * one.size + place, -1)

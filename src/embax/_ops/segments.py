@@ -52,9 +52,16 @@ def entries_of(
 
 
 def count_up_to(ascending: jax.Array, values: jax.Array) -> jax.Array:
-    """int32: how many elements of `ascending` are no larger than each value."""
-    # Unrolled, the search is one kernel; as a loop, which is the default, it starts several for each halving.
-    return jnp.searchsorted(ascending, values, side="right", method="scan_unrolled").astype(jnp.int32)
+    """int32: how many elements of `ascending` are no larger than each value, by halving."""
+    # `jnp.searchsorted` carries both ends of what is left. Its loop starts several kernels for each halving; without the loop,
+    # each halving uses twice what the one before found, over which LLVM can take time exponential in their number.
+    size = ascending.shape[0]
+    count = jnp.zeros(values.shape, jnp.int32)
+    for bit in reversed(range(size.bit_length())):
+        # Beyond the end stands for the last element: if a value is as large, so it is as all before.
+        probe = jnp.take(ascending, count + ((1 << bit) - 1), mode="clip")
+        count += jnp.where(probe <= values, 1 << bit, 0)
+    return jnp.minimum(count, size)
 
 
 def aligned(ends: jax.Array) -> jax.Array:
