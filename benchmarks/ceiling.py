@@ -64,12 +64,10 @@ class Ceiling:
     def milliseconds(
         self, kind: str, row_bytes: int = 64, prefetch: tuple[int, int] = (16, 1), count: int = 1
     ) -> float:
-        """Of one pass, after one that is not timed."""
-        for _ in range(2):
-            print(kind, row_bytes, *prefetch, count, file=self._process.stdin, flush=True)
-            assert self._process.stdout is not None
-            seconds = float(self._process.stdout.readline())
-        return 1e3 * seconds
+        """Of one pass."""
+        print(kind, row_bytes, *prefetch, count, file=self._process.stdin, flush=True)
+        assert self._process.stdout is not None
+        return 1e3 * float(self._process.stdout.readline())
 
     def best_prefetch(self, kind: str, row_bytes: int, count: int) -> tuple[int, int]:
         """How rows are best prefetched: by the fastest of some passes each, in turns."""
@@ -123,12 +121,13 @@ def report_ceiling(rounds: int) -> tuple[list[str], list[Target]]:
     w = workload_of(DIMS[0])
     text = [
         "Lookup and update alone, jitted, of batches packed before, beside a native program that reads (lookup), or reads and",
-        "writes (SGD), or does so in two arrays at once (Adagrad), as many distinct random rows: on as many threads, from huge",
-        f"pages, with the best of several ways to prefetch, in {ARRAY_BYTES / 2**30:g} GiB arrays. Tables are as large, ids",
-        f"uniform, {w.batch:,} samples of {w.valency} ids, {BATCHES} batches in rotation. What is counted are distinct rows of a",
-        "batch, once each: not the activations that a lookup writes, nor the gradients that an update reads, nor ids. Medians of",
-        f"{rounds} rounds in turns, of {CALLS} calls each, the fastest of which counts; GB/s are bytes read from arrays, as many",
-        f"more are written by an update. Read in order, an array gives {sequential:.1f} GB/s.",
+        "writes (SGD), or does so in two arrays at once (Adagrad), as many distinct random rows: on as many threads, which just",
+        "before do the same with other rows, from huge pages, with the best of several ways to prefetch, in",
+        f"{ARRAY_BYTES / 2**30:g} GiB arrays. Tables are as large, ids uniform, {w.batch:,} samples of {w.valency} ids, {BATCHES} batches in",
+        "rotation. What is counted are distinct rows of a batch, once each: not the activations that a lookup writes, nor the",
+        f"gradients that an update reads, nor ids. Medians of {rounds} rounds in turns, of {CALLS} calls each, the fastest of which",
+        "counts; GB/s are bytes read from arrays, as many more are written by an update. Read in order, an array gives",
+        f"{sequential:.1f} GB/s.",
         "",
     ]
     heads = [

@@ -183,11 +183,10 @@ class Memory(NamedTuple):
     temporary: list[int]
     aliased: list[int]
 
-    @property
-    def in_place(self) -> bool:
-        """Whether no temporary memory grows with the vocabulary and all tables and slots are aliased."""
+    def in_place(self, slack: int = 0) -> bool:
+        """Whether all tables and slots are aliased, and temporary memory does not depend on the vocabulary, but for `slack` bytes."""
         whole = all(aliased >= bytes_ for aliased, bytes_ in zip(self.aliased, self.tables, strict=True))
-        return whole and len(set(self.temporary)) == 1
+        return whole and max(self.temporary) - min(self.temporary) <= slack
 
 
 def memory_of(compiled: list[Any], setting: Setting) -> Memory:
@@ -219,11 +218,11 @@ def main() -> int:
     for backend in ("native", "portable"):
         for form, loss, memory in measure(backend):
             share = memory.aliased[1] / memory.tables[1]
-            verdict = "in place" if memory.in_place else "COPIES"
+            verdict = "in place" if memory.in_place() else "COPIES"
             print(
                 f"{backend:9} {form:21} {loss:10} {memory.temporary[0]:10} {memory.temporary[1]:10} {share:8.1%} {verdict}"
             )
-            ok &= memory.in_place
+            ok &= memory.in_place()
     return 0 if ok else 1
 
 

@@ -12,6 +12,10 @@ from test_optimizers import OPTIMIZERS
 import embax
 from benchmarks.prove_in_place import BATCH, DIM, FORMS, LOSSES, VOCABULARIES, Setting, abstract, memory_of
 
+# Bytes, a bit for each row by which the vocabularies differ: for GPUs XLA orders a step by what it costs, and so packs its memory
+# a little better or worse.
+SLACK = (VOCABULARIES[1] - VOCABULARIES[0]) // 8
+
 
 def every_optimizer(vocabulary):
     """One table an optimizer, and among them each combiner, quantized and not."""
@@ -34,7 +38,7 @@ def every_optimizer(vocabulary):
 def assert_in_place(compile_step, loss, setting):
     compiled = [compile_step(vocabulary, loss, setting) for vocabulary in VOCABULARIES]
     memory = memory_of(compiled, setting)
-    assert memory.in_place, memory
+    assert memory.in_place(SLACK), memory
     for vocabulary, step in zip(VOCABULARIES, compiled, strict=True):
         assert not violations(step.as_text(), vocabulary)  # The elements of a slot of one value a row.
         # And the check did see the updates: one scatter into each table and slot.
