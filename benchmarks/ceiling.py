@@ -122,11 +122,11 @@ def report_ceiling(rounds: int) -> tuple[list[str], list[Target]]:
     text = [
         "Lookup and update alone, jitted, of batches packed before, beside a native program that reads (lookup), or reads and",
         "writes (SGD), or does so in two arrays at once (Adagrad), as many distinct random rows: on as many threads, which just",
-        "before do the same with other rows, from huge pages, with the best of several ways to prefetch, in",
-        f"{ARRAY_BYTES / 2**30:g} GiB arrays. Tables are as large, ids uniform, {w.batch:,} samples of {w.valency} ids, {BATCHES} batches in",
-        "rotation. What is counted are distinct rows of a batch, once each: not the activations that a lookup writes, nor the",
-        f"gradients that an update reads, nor ids. Medians of {rounds} rounds in turns, of {CALLS} calls each, the fastest of which",
-        "counts; GB/s are bytes read from arrays, as many more are written by an update. Read in order, an array gives",
+        "before do the same with other rows, from huge pages, with the best of several ways to prefetch, in arrays of",
+        f"{ARRAY_BYTES / 2**30:g} GiB. Tables are as large, ids uniform, {w.batch:,} samples of {w.valency} ids, {BATCHES} batches",
+        "in rotation. What is counted are distinct rows of a batch, once each: not the activations that a lookup writes, nor the",
+        f"gradients that an update reads, nor ids. Medians of {rounds} rounds in turns, of {CALLS} calls each, the fastest of",
+        "which counts; GB/s are bytes read from arrays, as many more are written by an update. Read in order, an array gives",
         f"{sequential:.1f} GB/s.",
         "",
     ]

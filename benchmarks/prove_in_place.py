@@ -184,7 +184,7 @@ class Memory(NamedTuple):
     aliased: list[int]
 
     def in_place(self, slack: int = 0) -> bool:
-        """Whether all tables and slots are aliased, and temporary memory does not depend on the vocabulary, but for `slack` bytes."""
+        """Whether all tables and slots are aliased, and temporary bytes differ by no more than `slack` between vocabularies."""
         whole = all(aliased >= bytes_ for aliased, bytes_ in zip(self.aliased, self.tables, strict=True))
         return whole and max(self.temporary) - min(self.temporary) <= slack
 
