@@ -1,9 +1,9 @@
 // What this machine's memory gives: sequential reads, and distinct random rows that are read, or read, modified and written.
 //
 // Usage: ceiling BYTES THREADS, where BYTES, a power of two, is the size of each of two arrays. Then each line of the input is
-// a command "KIND ROW_BYTES DISTANCE LEVEL COUNT", answered by the seconds that it took:
+// a command "KIND ROW_BYTES DISTANCE LEVEL COUNT ORDER", answered by the seconds that it took:
 //   sequential  all of one array is read; the numbers do not matter
-//   read        COUNT distinct rows of ROW_BYTES in random order are read
+//   read        COUNT distinct random rows of ROW_BYTES are read, in the ORDER "scattered" or "ascending"
 //   write       ... are read, modified and written
 //   write_two   ... and so are the same rows of a second array, as for an optimizer with a slot as large as the table
 // Rows are prefetched DISTANCE rows ahead, into the cache of the first or second LEVEL. Arrays lie in huge pages where the system
@@ -157,9 +157,9 @@ int main(int argc, char** argv) {
   float* slot = allocate(bytes + 4096) + 2560 / sizeof(float);
   std::vector<uint32_t> rows;
   uint32_t seed = 0;
-  char kind[16];
+  char kind[16], order[16];
   size_t row_bytes, distance, level, count;
-  while (std::scanf("%15s %zu %zu %zu %zu", kind, &row_bytes, &distance, &level, &count) == 5) {
+  while (std::scanf("%15s %zu %zu %zu %zu %15s", kind, &row_bytes, &distance, &level, &count, order) == 6) {
     const std::string name = kind;
     double result;
     if (name == "sequential") {
@@ -171,6 +171,10 @@ int main(int argc, char** argv) {
       rows.resize(2 * count);
       seed += 0x632BE5ABu;
       for (size_t i = 0; i < 2 * count; ++i) rows[i] = scattered(static_cast<uint32_t>(i), seed, bits);
+      if (std::string(order) == "ascending") {
+        std::sort(rows.begin(), rows.begin() + count);
+        std::sort(rows.begin() + count, rows.end());
+      }
       result = seconds(num_threads, [&](int t, int turn) {
         const size_t first = count * t / num_threads, last = count * (t + 1) / num_threads;
         const uint32_t* mine = rows.data() + turn * count + first;

@@ -33,23 +33,60 @@ void AdviseFor(std::vector<Columns> activations) {
   AdviseHugePages(begin, end);
 }
 
-// Divides activations, `parts` of each, among tasks: the first part of each task, and the number of all. A thread clears a new page
-// that it touches, even while another one clears it too. So where there are many pages for each thread, of `bytes` in all, and
-// parts are smaller, those that begin in one page are one task.
-std::vector<int64_t> FirstOfPages(const std::vector<Columns>& activations, int64_t bytes, int64_t parts, int64_t threads) {
+// Features of a stack whose rows no others of it have.
+struct Group {
+  int64_t stack, table_rows;
+  LookupTask task;
+  Columns largest;  // Of their activations.
+};
+
+// Appends the groups of stack `k`. `t` is of its table and all of its features. Where one begins, a first row is given: where its
+// rows begin. Returns what is wrong, if anything.
+std::string AppendGroups(const StackFeatures& features, int64_t k, int64_t table_rows, const LookupTask& t, bool gathered,
+                         const int64_t* first_rows, std::vector<Group>& groups) {
+  for (int64_t feature = features.first(k); feature < features.first(k + 1); ++feature) {
+    const FeatureRows& rows = *features.rows(feature);
+    const Columns& activations = features.arrays()[feature];
+    const bool first = feature == features.first(k);
+    if (first || first_rows[feature] >= 0) {
+      Group group = {k, table_rows, t, activations};
+      if (!first) {
+        if (gathered) return "gathered rows do not ascend";
+        LookupTask& before = groups.back().task;
+        group.task.first_row = before.end_row = first_rows[feature];
+        if (before.end_row < before.first_row || before.end_row > t.rows_per_partition) {
+          return "the first rows of stack " + std::to_string(k) + " do not ascend within it";
+        }
+      }
+      group.task.features = &rows;
+      group.task.first_sample = rows.begin;
+      groups.push_back(group);
+    }
+    Group& group = groups.back();
+    group.task.num_features += 1;
+    group.task.num_samples += rows.samples;
+    if (activations.rows > group.largest.rows) group.largest = activations;
+  }
+  return "";
+}
+
+// Divides activations, `parts` of each group, among tasks: the first part of each task, and the number of all. A thread clears a new
+// page that it touches, even while another one clears it too. So where there are many pages for each thread, of `bytes` in all,
+// and parts are smaller, those that begin in one page are one task.
+std::vector<int64_t> FirstOfPages(const std::vector<Group>& groups, int64_t bytes, int64_t parts, int64_t threads) {
   constexpr int64_t kPagesPerThread = 8;
   const bool many = bytes / static_cast<int64_t>(kHugePage) >= kPagesPerThread * threads;
   std::vector<int64_t> firsts;
   uintptr_t last = 0;
-  for (size_t k = 0; k < activations.size(); ++k) {
-    const Columns& one = activations[k];
+  for (size_t k = 0; k < groups.size(); ++k) {
+    const Columns& one = groups[k].largest;
     for (int64_t part = 0; part < parts; ++part) {
       const uintptr_t page = reinterpret_cast<uintptr_t>(one.data + one.rows / parts * part * one.columns) / kHugePage;
       if (!many || page != last || firsts.empty()) firsts.push_back(static_cast<int64_t>(k) * parts + part);
       last = page;
     }
   }
-  firsts.push_back(static_cast<int64_t>(activations.size()) * parts);
+  firsts.push_back(static_cast<int64_t>(groups.size()) * parts);
   return firsts;
 }
 
@@ -69,14 +106,8 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
   if (features.first(n) != static_cast<int64_t>(activations.size()) || first_rows.size() != activations.size()) {
     return Invalid("lookup: a first row, or none, is expected of each feature");
   }
-  // Features whose rows no others of their stack have.
-  struct Group {
-    int64_t stack, table_rows;
-    LookupTask task;
-  };
   std::vector<Group> groups;
-  std::vector<Columns> outs;  // The largest of each group.
-  int64_t bytes = 0, bytes_of_outs = 0;
+  int64_t bytes_of_rows = 0, bytes_of_activations = 0;
   for (int64_t k = 0; k < n; ++k) {
     const Columns table = Columns::Of(tables, k);
     if (!table.valid()) return Invalid("lookup: tables must be float32 of rank 1 or 2");
@@ -86,40 +117,20 @@ ffi::Error Lookup(ffi::ThreadPool threads, Int32s row_pointers, Int32s ids, Int3
     LookupTask t{};
     t.num_partitions = num_sparsecores;
     t.table = table.data;
-    t.rows_per_partition = gathered ? table.rows : table.rows / num_sparsecores;
+    t.rows_per_partition = t.end_row = gathered ? table.rows : table.rows / num_sparsecores;
     t.partition_stride = gathered ? 0 : t.rows_per_partition;
     t.dim = table.columns;
     t.quantization = {quantization[3 * k], quantization[3 * k + 1], quantization[3 * k + 2]};
-    t.end_row = t.rows_per_partition;
-    const size_t first_group = groups.size();
-    for (int64_t feature = features.first(k); feature < features.first(k + 1); ++feature) {
-      const FeatureRows& rows = *features.rows(feature);
-      const Columns& out = features.arrays()[feature];
-      if (feature == features.first(k) || first_rows[feature] >= 0) {
-        if (gathered && groups.size() > first_group) return Invalid("lookup: gathered rows do not ascend");
-        const int64_t least = groups.size() == first_group ? 0 : groups.back().task.first_row;
-        if (groups.size() > first_group) groups.back().task.end_row = first_rows[feature];
-        t.first_row = groups.size() == first_group ? 0 : first_rows[feature];
-        if (t.first_row < least || t.first_row > t.rows_per_partition) {
-          return Invalid("lookup: the first rows of stack " + std::to_string(k) + " do not ascend within it");
-        }
-        t.first_sample = rows.begin;
-        t.features = &rows;
-        groups.push_back({k, table.rows, t});
-        outs.push_back(out);
-      }
-      groups.back().task.num_features += 1;
-      groups.back().task.num_samples += rows.samples;
-      if (out.rows > outs.back().rows) outs.back() = out;
-      bytes_of_outs += sizeof(float) * t.dim * rows.rows;
-    }
-    bytes += sizeof(float) * t.dim * batch.NumEntries(k);
+    const std::string problem = AppendGroups(features, k, table.rows, t, gathered, first_rows.begin(), groups);
+    if (!problem.empty()) return Invalid("lookup: " + problem);
+    bytes_of_rows += sizeof(float) * t.dim * batch.NumEntries(k);
   }
-  bytes += bytes_of_outs;
-  const std::vector<int64_t> firsts = FirstOfPages(outs, bytes_of_outs, sparsecores_per_device, NumThreads(threads));
+  for (const Columns& one : features.arrays()) bytes_of_activations += sizeof(float) * one.rows * one.columns;
+  const std::vector<int64_t> firsts = FirstOfPages(groups, bytes_of_activations, sparsecores_per_device, NumThreads(threads));
   AdviseFor(features.arrays());
   const RowKernels& kernels = SelectRowKernels();
-  return RunTasks(threads, static_cast<int64_t>(firsts.size()) - 1, bytes, [&](int64_t number) {
+  const int64_t num_tasks = static_cast<int64_t>(firsts.size()) - 1;
+  return RunTasks(threads, num_tasks, bytes_of_rows + bytes_of_activations, [&](int64_t number) {
     for (int64_t part = firsts[number]; part < firsts[number + 1]; ++part) {
       const Group& group = groups[part / sparsecores_per_device];
       LookupTask t = group.task;
