@@ -64,7 +64,12 @@ class Ceiling:
         self._process.wait()
 
     def milliseconds(
-        self, kind: str, row_bytes: int = 64, prefetch: tuple[int, int] = (16, 1), count: int = 1, order: str = ORDERS[0]
+        self,
+        kind: str,
+        row_bytes: int = 64,
+        prefetch: tuple[int, int] = (16, 1),
+        count: int = 1,
+        order: str = ORDERS[0],
     ) -> float:
         """Of one pass."""
         print(kind, row_bytes, *prefetch, count, order, file=self._process.stdin, flush=True)
@@ -136,7 +141,9 @@ def report_ceiling(rounds: int) -> tuple[list[str], list[Target]]:
         f"{rounds} rounds in turns, of {CALLS} calls each, the fastest of which counts; GB/s are bytes read from arrays, as many",
         "more are written by an update. Read in order, an array gives",
         f"{sequential:.1f} GB/s. The last column compares with the same program where each thread visits its rows in ascending",
-        "order, as a packed batch has them.",
+        "order, as a packed batch has them: so the memory gives less of long rows. The rest is what neither program counts: an",
+        "update first puts the entries of the SparseCores in the order of their rows, which takes as long for short rows as for",
+        "long ones, and reads a gradient for each; a lookup adds to activations for each.",
         "",
     ]
     heads = [
