@@ -31,7 +31,7 @@ CASES = (("lookup", "sgd", "read"), ("update", "sgd", "write"), ("update", "adag
 """The part of a step, the optimizer, and what of the ceiling's it corresponds to."""
 WANTED = {"lookup": 0.7, "update": 0.6}
 ORDERS = ("scattered", "ascending")
-"""Of the ceiling's rows. The first is the ceiling; the second is the order in which packed batches have their ids."""
+"""Of the ceiling's rows. The first is the ceiling; in the second updates go through theirs."""
 
 
 def workload_of(dim: int) -> Workload:
@@ -140,10 +140,14 @@ def report_ceiling(rounds: int) -> tuple[list[str], list[Target]]:
         "lookup writes, nor the gradients that an update reads, nor ids. Medians of",
         f"{rounds} rounds in turns, of {CALLS} calls each, the fastest of which counts; GB/s are bytes read from arrays, as many",
         "more are written by an update. Read in order, an array gives",
-        f"{sequential:.1f} GB/s. The last column compares with the same program where each thread visits its rows in ascending",
-        "order, as a packed batch has them: so the memory gives less of long rows. The rest is what neither program counts: an",
-        "update first puts the entries of the SparseCores in the order of their rows, which takes as long for short rows as for",
-        "long ones, and reads a gradient for each; a lookup adds to activations for each.",
+        f"{sequential:.1f} GB/s.",
+        "",
+        "The last column compares with the same program where each thread visits its rows in ascending order. Which order is the",
+        "faster one depends on the length of rows and on what is done with them. embax's updates go through ascending rows, its",
+        "lookups through several ascending lists, one after the other, but for the longest rows, which they read sample by",
+        "sample. The rest is what the program does not do: an update first puts the entries of the SparseCores in the order of",
+        "their rows, which takes as long for short rows as for long ones, and reads a gradient for each; a lookup adds to an",
+        "activation for each, or puts the entries in the order of samples before.",
         "",
     ]
     heads = [
