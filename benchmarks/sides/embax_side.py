@@ -67,8 +67,8 @@ class Side:
         @functools.partial(jax.jit, donate_argnames="variables")
         def train(variables, packed, targets):
             activations = embax.lookup(packed, variables, specs=specs)
-            gradients = jax.tree.map(jnp.subtract, activations, targets)
-            return embax.apply_gradients(gradients, packed, variables, specs=specs, activations=activations)
+            gradients = jax.tree.map(jnp.subtract, activations, targets)  # They depend on the activations: XLA sees the order.
+            return embax.apply_gradients(gradients, packed, variables, specs=specs)
 
         @functools.partial(jax.jit, donate_argnames="variables")
         def update(variables, packed, gradients):

@@ -310,7 +310,8 @@ def apply_gradients(
         specs: pytree of placed `FeatureSpec`.
         step: the number of the step, for schedules and for optimizers that need it (Adam, F2A).
         activations: what `lookup` returned in the same jitted step. With them XLA sees that the lookup comes first; without
-            them it may copy the tables, if the gradients do not depend on the activations (a loss linear in them).
+            them it may copy the tables, if the gradients do not depend on the activations (a loss linear in them). Where
+            all gradients do, leave them out: a gradient can then take over the memory of its activation.
         embedding_var_limits: `(min, max)` by the name of a stack: the new rows of its table are clipped to this range; slots
             and rows that the batch did not touch are not. None, or a stack that is left out, is no limit.
         axis_name: see `lookup`.
