@@ -67,7 +67,8 @@ class Side:
         @functools.partial(jax.jit, donate_argnames="variables")
         def train(variables, packed, targets):
             activations = embax.lookup(packed, variables, specs=specs)
-            gradients = jax.tree.map(jnp.subtract, activations, targets)  # They depend on the activations: XLA sees the order.
+            # They depend on the activations, so XLA sees that the lookup comes first.
+            gradients = jax.tree.map(jnp.subtract, activations, targets)
             return embax.apply_gradients(gradients, packed, variables, specs=specs)
 
         @functools.partial(jax.jit, donate_argnames="variables")
