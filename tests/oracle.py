@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from flax import nnx
 
 import embax
 from embax._stacking.layout import take_table
@@ -47,6 +48,12 @@ def row_gradients(num_rows, features, combiner):
                 gradient[i] += gain * np.asarray(upstream, np.float64)[sample]
                 touched[i] = True
     return gradient, touched
+
+
+def variables_of(layer):
+    """`EmbeddingVariables` of an NNX layer by stack, as NumPy arrays."""
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    return jax.tree.map(lambda one: np.asarray(one[...]), layer.tables, is_leaf=is_variable)
 
 
 def tables_of(variables, specs):

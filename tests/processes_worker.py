@@ -153,10 +153,10 @@ class Nnx:
         self.optimizer = nnx_embed.PartitionedOptimizer(self.model, optax.sgd(0.1))
         if mesh is not None:
             for node in (self.model, self.optimizer):
-                shardings = nnx_embed.get_named_sharding(node, mesh)
-                nnx.update(node, jax.device_put(nnx.state(node), shardings))
+                state = nnx.state(node, nnx_embed.is_non_embedding_variables)
+                nnx.update(node, jax.device_put(state, nnx_embed.get_named_sharding(state, mesh)))
 
-        @functools.partial(nnx.jit, donate_argnames=("model", "optimizer"))
+        @nnx.jit
         def step(model, optimizer, packed, targets):
             def loss(model):
                 activations = jax.tree.map(lambda leaf: leaf + model.bias.get_value(), model.embed(packed))
@@ -184,7 +184,10 @@ class Nnx:
 
     def tables(self):
         layer = self.model.embed
-        tables = oracle.tables_of(whole(layer.embedding_table.get_value()), layer.feature_specs)
+        variables = jax.tree.map(
+            lambda one: one[...], layer.tables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+        )
+        tables = oracle.tables_of(whole(variables), layer.feature_specs)
         return {**tables, "bias": [whole(self.model.bias.get_value())]}
 
 
@@ -317,11 +320,6 @@ def mistakes(folder: Path) -> dict[str, str]:
     texts["minibatches, size"] = attempt(minibatched.preprocess, changed(ids, adam=ids["adam"][:-2]))
     texts["out of step"] = attempt(layer.preprocess if first else minibatched.preprocess, ids)
     texts["afterwards"] = attempt(layer.preprocess, ids)
-
-    model = Nnx()
-    lookups = model.model.embed.lookups
-    lookups.set_value(2 * jax.jit(jnp.ones_like)(lookups.get_value()))  # As a step with two leaves it.
-    texts["looked up twice"] = attempt(model.model.embed.preprocess, mine(draw(Nnx.names, 0)[0]))
 
     model = Functional(("adagrad",))
     write, written = _save.write_arrays, []

@@ -162,7 +162,6 @@ MISTAKES = {
     "grow": 2 * ('ValueError: SparseCoreEmbed: limits="grow" with devices of several processes.* Use limits="raise"',),
     "ahead": ("no error", "no error"),
     "ahead, bad id": (f"RuntimeError: Process 1 could not pack a batch: {BAD_ID}", BAD_ID),
-    "looked up twice": 2 * ("ValueError: The tables were looked up 2 times in one differentiated step",),
     "thread": 2 * ("RuntimeError: Thread 'prefetch' would run a collective operation.* only the main thread may",),
     "minibatches, bad id": ("RuntimeError: Batch .* not on another host", BAD_ID),
     "minibatches, size": (SIZES, SIZES),

@@ -156,7 +156,7 @@ def test_an_nnx_layer_whose_buffers_grow():
         oracle.feature_spec("a", oracle.table_spec("a", 2000, suggested_coo_buffer_size_per_device=16), batch=64)
     ]
     layer = SparseCoreEmbed(features, rngs=nnx.Rngs(0), num_sc_per_device=2)
-    table = oracle.tables_of(layer.embedding_table.get_value(), layer.feature_specs)["a"][0]
+    table = oracle.tables_of(oracle.variables_of(layer), layer.feature_specs)["a"][0]
     traces, layouts = [], []
 
     @nnx.jit
@@ -190,9 +190,9 @@ def test_an_nnx_layer_with_fixed_limits():
             set_limits(specs, *limits)
         ids = draw(seed)
         packed = layer.preprocess(ids)
-        check(step(layer, packed), ids, layer.feature_specs, layer.embedding_table.get_value())
+        check(step(layer, packed), ids, layer.feature_specs, oracle.variables_of(layer))
         assert len(traces) == 1
     set_limits(specs, *LIMITS["all limits"])
     other = SparseCoreEmbed(specs, rngs=nnx.Rngs(0), limits="raise")
-    check(step(other, other.preprocess(ids)), ids, other.feature_specs, other.embedding_table.get_value())
+    check(step(other, other.preprocess(ids)), ids, other.feature_specs, oracle.variables_of(other))
     assert len(traces) == 2

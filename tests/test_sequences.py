@@ -73,7 +73,7 @@ def test_the_example_of_the_specification():
     from embax.nnx.embed import SparseCoreEmbed
 
     embed = SparseCoreEmbed(sequence_specs(), rngs=nnx.Rngs(0))
-    table = oracle.tables_of(embed.embedding_table.get_value(), embed.feature_specs)["items"][0]
+    table = oracle.tables_of(oracle.variables_of(embed), embed.feature_specs)["items"][0]
     rng = np.random.default_rng(1)
     ids = {"watched": rng.integers(-1, 40, (BATCH, LENGTH, VALENCY)), "user": rng.integers(0, 40, (BATCH, 1, VALENCY))}
     flat = jax.tree.map(flatten_sequences, ids)

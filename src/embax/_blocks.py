@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from embax._refs import is_ref, read
 from embax._stacking.layout import of_table, physical_rows, take_table
 from embax._stacking.plan import RowPlacement, TablePlan
 
@@ -39,6 +40,7 @@ def _take(
     num_sparsecores: int,
     everywhere: jax.sharding.Sharding | None,
 ) -> jax.Array:
+    stacked = read(stacked)
     ids = first + jnp.arange(count, dtype=jnp.int32)
     physical = physical_rows(ids, placement, stacked.shape[0], num_sparsecores)
 
@@ -60,6 +62,11 @@ def _put(stacked: jax.Array, rows: Any, first: Any, placement: RowPlacement, *, 
     return rows_by_number(put, stacked, physical, rows, writes=True)
 
 
+@functools.partial(jax.jit, static_argnames="num_sparsecores")
+def _put_into_ref(stacked: Any, rows: Any, first: Any, placement: RowPlacement, *, num_sparsecores: int) -> None:
+    stacked[...] = _put(stacked[...], rows, first, placement, num_sparsecores=num_sparsecores)
+
+
 def _blocks(table: TablePlan) -> tuple[int, list[np.int32]]:
     """Rows of a block, and the first row of each; the last overlaps the one before, so that all have one shape."""
     rows = table.vocabulary_size
@@ -67,10 +74,10 @@ def _blocks(table: TablePlan) -> tuple[int, list[np.int32]]:
     return count, [np.int32(min(first, rows - count)) for first in range(0, rows, count)]
 
 
-def logical_blocks(stacked: jax.Array, table: TablePlan, num_sparsecores: int) -> Iterator[tuple[slice, jax.Array]]:
-    """The rows of a table or slot, a block at a time. On several processes all must go through them, and all get them."""
+def logical_blocks(stacked: Any, table: TablePlan, num_sparsecores: int) -> Iterator[tuple[slice, jax.Array]]:
+    """The rows of a table or slot, an array or a ref, a block at a time. On several processes all must iterate, and all get them."""
     count, firsts = _blocks(table)
-    everywhere = None if stacked.is_fully_addressable else _replicated(stacked.sharding)
+    everywhere = None if stacked.sharding.is_fully_addressable else _replicated(stacked.sharding)
     columns = of_table(stacked.shape, table)[1:]
     for first in firsts:
         rows = _take(
@@ -93,7 +100,7 @@ def take_logical(stacked: Any, table: TablePlan, num_sparsecores: int) -> np.nda
     """The values of a table or slot by row.
 
     Args:
-        stacked: [rows, dim] or [rows] array of the stack, JAX (of this process) or NumPy. A JAX array is copied out by blocks
+        stacked: [rows, dim] or [rows] array of the stack, JAX (of this process) or NumPy, or a ref. A JAX array is copied out by blocks
             and never aliased: a NumPy view of it would make the next donated step copy it.
         table: the table's place.
         num_sparsecores: SparseCores that the stack is laid out for.
@@ -109,20 +116,24 @@ def take_logical(stacked: Any, table: TablePlan, num_sparsecores: int) -> np.nda
     return values
 
 
-def put_logical(stacked: jax.Array, values: np.ndarray, table: TablePlan, num_sparsecores: int) -> jax.Array:
+def put_logical(stacked: Any, values: np.ndarray, table: TablePlan, num_sparsecores: int) -> Any:
     """Puts a table or slot into its place, the inverse of `take_logical`.
 
     Args:
-        stacked: [rows, dim] or [rows] array of the stack; it is donated.
+        stacked: [rows, dim] or [rows] array of the stack, which is donated, or a ref, which is written in place.
         values: floating point [table.vocabulary_size, table.embedding_dim], or [table.vocabulary_size].
         table: the table's place.
         num_sparsecores: SparseCores that the stack is laid out for.
 
     Returns:
-        The array of the stack. It does not alias `values`, which may be freed.
+        The array of the stack, or the ref. It does not alias `values`, which may be freed.
     """
     count, firsts = _blocks(table)
     for first in firsts:
         rows = np.asarray(values[first : first + count], np.float32)
-        stacked = _put(stacked, rows, first, table.rows, num_sparsecores=num_sparsecores)
-    return stacked.block_until_ready()
+        if is_ref(stacked):
+            _put_into_ref(stacked, rows, first, table.rows, num_sparsecores=num_sparsecores)
+        else:
+            stacked = _put(stacked, rows, first, table.rows, num_sparsecores=num_sparsecores)
+    jax.block_until_ready(stacked)
+    return stacked

@@ -18,6 +18,8 @@ from embax._preprocess.buffers import PreprocessedInput
 from embax._preprocess.coo import SparseCoo
 from embax._preprocess.inputs import Ragged
 from embax._preprocess.packer import Packer
+from embax._ref_lookup import LayerRefs, lookup_in_refs
+from embax._refs import is_ref, read
 from embax._stacking.plan import Plan, make_plan
 from embax._stacking.stack import copy_feature_specs, prepare_feature_specs_for_training
 from embax._variables import EmbeddingVariables, init_embedding_variables
@@ -182,6 +184,12 @@ class Shell:
         """A small array of the layer where steps return it."""
         return array if self.mesh is None else self.mesh.replicate(array)
 
+    def by_device(self, array: jax.Array) -> jax.Array:
+        """An array of one element a device, [devices, ...], on the devices where steps return it."""
+        if self.mesh is None:
+            return array
+        return jax.jit(lambda array: array, out_shardings=self.mesh.sharding(array.ndim))(array)
+
     def pack(
         self,
         ids: Any,
@@ -261,20 +269,35 @@ class Shell:
                 "batch out, or pack it outside jit with preprocess."
             )
 
-    def wait(self, result: jax.Array) -> None:
-        """Bounds the steps in flight where that is needed, given a small result of the last one."""
+    def wait(self, result: Any) -> None:
+        """Bounds the steps in flight where that is needed, given a small result of the last one, an array or a ref."""
         several = self.mesh is not None and self.mesh.mesh.devices.size > 1
-        if several and not isinstance(result, Tracer) and not result.is_deleted():
-            self._in_flight(jnp.copy(result))  # The result itself will be donated.
+        if several and not isinstance(result, Tracer) and (is_ref(result) or not result.is_deleted()):
+            self._in_flight(jnp.copy(read(result)))  # The result itself will be donated.
 
     def lookup(self, variables: Any, lookups: jax.Array, inputs: Any, weights: Any, step: Any) -> tuple[Any, Any]:
         """Activations in the structure of the specs, and the ids that were not valid, of each feature, if they were counted."""
+        packed = self._packed(inputs, weights)
+        batch = packed.replace(invalid_ids=None)
+        features = lookup_and_update(self.settings, float32_variables(variables), lookups, batch, step)
+        return self._activations(features), packed.invalid_ids
+
+    def lookup_in_refs(
+        self, refs: LayerRefs, token: jax.Array, inputs: Any, weights: Any, step: Any, scale: Any
+    ) -> tuple[Any, Any]:
+        """Activations and invalid ids as `lookup` returns them, from tables in refs; see `embax._ref_lookup`."""
+        packed = self._packed(inputs, weights)
+        batch = packed.replace(invalid_ids=None)
+        return self._activations(lookup_in_refs(self.settings, refs, token, batch, step, scale)), packed.invalid_ids
+
+    def _packed(self, inputs: Any, weights: Any) -> PreprocessedInput:
         if not isinstance(inputs, PreprocessedInput):
-            inputs = self.pack(inputs, weights)
-        elif weights is not None:
+            return self.pack(inputs, weights)
+        if weights is not None:
             raise ValueError(f"{self.layer}: weights come with ids; a packed batch has them in it already.")
-        batch = inputs.replace(invalid_ids=None)
-        features: Any = lookup_and_update(self.settings, float32_variables(variables), lookups, batch, step)
+        return inputs
+
+    def _activations(self, features: Any) -> Any:
         if self.dtype is not None:
             features = [activations.astype(self.dtype) for activations in features]
-        return jax.tree.unflatten(self.structure, features), inputs.invalid_ids
+        return jax.tree.unflatten(self.structure, features)

@@ -56,6 +56,12 @@ class LookupSettings:
         """What lookups and updates take as `axis_name`."""
         return None if self.mesh is None else self.mesh.axis_name
 
+    @functools.cached_property
+    def updated_leaves(self) -> list[int]:
+        """Numbers of the features whose tables are updated, among the feature leaves."""
+        stacks = [stack for stack in self.plan.stacks if stack.name not in self.frozen]
+        return [feature.leaf for stack in stacks for feature in stack.features]
+
     @property
     def all_frozen(self) -> bool:
         """Whether no stack is updated."""

@@ -15,6 +15,7 @@ from embax._ops.geometry import axis_of, inside_shard_map, make_geometry
 from embax._ops.row_update import NO_LIMITS, RowLimits
 from embax._ops.unstack import join_features
 from embax._preprocess.buffers import PreprocessedInput
+from embax._refs import has_refs, inside_jit, read, write
 from embax._specs import FeatureSpec
 from embax._stacking.plan import FeaturePlan, Plan, make_plan
 from embax._types import Array, Bool, PyTreeDef
@@ -101,16 +102,12 @@ def check_variables(variables: Mapping[str, Any], plan: Plan, without_slots: Col
                     f"Stack {stack.name!r} has as {what} an array {dtype}{list(shape)}; {type(stack.optimizer).__name__} needs "
                     f"float32{list(wanted)}. Make it with embax.init_embedding_variables from these specs."
                 )
-            if plan.num_devices == 1 and not isinstance(array, Tracer | np.ndarray) and not _whole(array):
-                raise ValueError(
-                    f"Stack {stack.name!r} has an array spread over {len(array.devices())} devices; its specs were placed for "
-                    "one. Put it on one device with jax.device_put, or place the specs for as many devices."
-                )
-
-
-def _whole(array: jax.Array) -> bool:
-    """Whether every device that holds a part of an array holds all of it."""
-    return array.sharding.is_fully_replicated
+            if plan.num_devices == 1 and not isinstance(array, Tracer | np.ndarray):
+                if not array.sharding.is_fully_replicated:
+                    raise ValueError(
+                        f"Stack {stack.name!r} has an array spread over {len(array.sharding.device_set)} devices; its specs "
+                        "were placed for one. Put it on one device with jax.device_put, or place the specs for as many devices."
+                    )
 
 
 def check_activations(what: str, feature: FeaturePlan, batch: int, array: Any) -> None:
@@ -191,7 +188,7 @@ def update_features(
     by_stack = _by_stack(gradients, packed, plan, chosen)
     axis = axis_of(plan, axis_name)
     if skip_nonfinite:
-        packed = _without_entries(packed, ~_all_finite(jax.tree.leaves(by_stack), axis))
+        packed = _without_entries(packed, ~all_finite(jax.tree.leaves(by_stack), axis))
     new = update_across(
         packed,
         by_stack,
@@ -245,7 +242,7 @@ def ordered_after(activations: Any, packed: PreprocessedInput, plan: Plan, struc
     return after
 
 
-def _all_finite(gradients: Sequence[jax.Array], axis: Any) -> Bool[Array, ""]:
+def all_finite(gradients: Sequence[jax.Array], axis: Any) -> Bool[Array, ""]:
     """Whether all gradients are finite, on all devices of the axis; None is one device."""
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(gradient)) for gradient in gradients]))
     return finite if axis is None else jax.lax.pmin(finite.astype(jnp.int32), axis) > 0
@@ -266,7 +263,7 @@ def lookup(
 
     Args:
         packed: what `embax.preprocess` returned for these specs.
-        variables: `EmbeddingVariables` of each stack by name.
+        variables: `EmbeddingVariables` of each stack by name, of arrays or of refs (`jax.Ref`).
         specs: pytree of placed `FeatureSpec`.
         axis_name: of specs that were placed for several devices, the mesh axis that the tables are sharded over, or a tuple of
             axes in the order of the `PartitionSpec` that shards them: another order finds other rows. None where
@@ -282,8 +279,17 @@ def lookup(
         >>> packed = embax.preprocess(ids, specs=specs)
         >>> activations = embax.lookup(packed, variables, specs=specs)
     """
-    features, _ = lookup_features(packed, variables, make_plan(specs), axis_name)
+    plan = make_plan(specs)
+    if has_refs(variables):
+        make_geometry(plan, packed)  # Checks the batch before jit does.
+        features = inside_jit(_lookup_in_refs, variables, packed, plan=plan, axis_name=axis_name)
+    else:
+        features, _ = lookup_features(packed, variables, plan, axis_name)
     return jax.tree.unflatten(feature_structure(specs), features)
+
+
+def _lookup_in_refs(variables: Any, packed: PreprocessedInput, *, plan: Plan, axis_name: Any) -> list[jax.Array]:
+    return lookup_features(packed, read(variables), plan, axis_name)[0]
 
 
 def apply_gradients(
@@ -300,13 +306,14 @@ def apply_gradients(
 ) -> dict[str, EmbeddingVariables]:
     """Takes one optimizer step on every row that a packed batch touched, and on no other.
 
-    Under `jax.jit` with the variables donated, tables and slots are updated in place.
+    Under `jax.jit` with the variables donated, tables and slots are updated in place. Refs are updated in place without donation,
+    inside and outside jit.
 
     Args:
         gradients: gradient with respect to the activations: float32[batch, output_dim] of each feature, in the
             structure of `specs`.
         packed: the batch that was looked up.
-        variables: `EmbeddingVariables` of each stack by name.
+        variables: `EmbeddingVariables` of each stack by name, of arrays or of refs (`jax.Ref`).
         specs: pytree of placed `FeatureSpec`.
         step: the number of the step, for schedules and for optimizers that need it (Adam, F2A).
         activations: what `lookup` returned in the same jitted step. With them XLA sees that the lookup comes first; without
@@ -318,7 +325,7 @@ def apply_gradients(
         skip_nonfinite: whether tables and slots stay as they are if any gradient, on any device, is not finite.
 
     Returns:
-        The new variables.
+        The new variables. With refs, `variables` itself; jit cannot return refs.
 
     Raises:
         ValueError: gradients, activations, batch or variables do not belong to the specs, or a schedule needs `step`.
@@ -336,6 +343,28 @@ def apply_gradients(
     leaves = flatten_like(gradients, structure, "gradients")
     skip_nonfinite = boolean("apply_gradients", "skip_nonfinite", skip_nonfinite)
     row_limits = checked_limits(embedding_var_limits, plan)
+    if has_refs(variables):
+        static = {"plan": plan, "limits": row_limits, "axis_name": axis_name, "skip_nonfinite": skip_nonfinite}
+        inside_jit(_update_refs, variables, leaves, packed, step, after, **static)
+        return dict(variables)
     return update_features(
         leaves, packed, variables, plan, step, after, row_limits, axis_name, skip_nonfinite=skip_nonfinite
     )
+
+
+def _update_refs(
+    variables: Any,
+    gradients: list[jax.Array],
+    packed: PreprocessedInput,
+    step: Any,
+    after: list[jax.Array],
+    *,
+    plan: Plan,
+    limits: tuple[RowLimits, ...],
+    axis_name: Any,
+    skip_nonfinite: bool,
+) -> None:
+    new = update_features(
+        gradients, packed, read(variables), plan, step, after, limits, axis_name, skip_nonfinite=skip_nonfinite
+    )
+    write(variables, new)

@@ -1,6 +1,6 @@
 """Reading and writing tables: single rows by id, and whole tables from given weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from embax._blocks import put_logical, rows_by_number
 from embax._format import in_table_format
 from embax._matmul import check_variables
 from embax._preprocess.arrays import beyond_int64, find, to_numpy
+from embax._refs import inside_jit, is_ref, read, write
 from embax._stacking.layout import physical_rows
 from embax._stacking.plan import Plan, StackPlan, TablePlan, make_plan
 from embax._variables import EmbeddingVariables
@@ -36,9 +37,35 @@ def read_rows(variables: Mapping[str, EmbeddingVariables], table: str, ids: Any,
     check_variables(variables, plan, without_slots=[one.name for one in plan.stacks])
     rows = valid_ids(ids, table, planned.vocabulary_size)
     values = jax.tree.leaves(variables[stack.name])[0]
-    physical = physical_rows(jnp.maximum(rows, 0), planned.rows, stack.shape[0], plan.num_sparsecores)
-    values = rows_by_number(lambda values, rows: values[rows], values, physical, writes=False)
-    return jnp.where((rows < 0)[..., None], jnp.nan, values[..., : planned.embedding_dim])
+    take = inside_jit if is_ref(values) else _call
+    return take(take_rows, values, rows, table=planned, num_sparsecores=plan.num_sparsecores)
+
+
+def _call(function: Callable[..., Any], *arguments: Any, **static: Any) -> Any:
+    return function(*arguments, **static)
+
+
+def take_rows(stacked: Any, ids: jax.Array, *, table: TablePlan, num_sparsecores: int) -> jax.Array:
+    """float32[*ids.shape, embedding_dim], rows of a table by id; NaN for an id of -1."""
+    stacked = read(stacked)
+    physical = physical_rows(jnp.maximum(ids, 0), table.rows, stacked.shape[0], num_sparsecores)
+    values = rows_by_number(lambda values, rows: values[rows], stacked, physical, writes=False)
+    return jnp.where((ids < 0)[..., None], jnp.nan, values[..., : table.embedding_dim])
+
+
+def _put_rows(stacked: Any, ids: jax.Array, new: jax.Array, *, table: TablePlan, num_sparsecores: int) -> jax.Array:
+    """The stack with rows of a table by id; rows of an id of -1 are left out."""
+    physical = physical_rows(jnp.maximum(ids, 0), table.rows, stacked.shape[0], num_sparsecores)
+    physical = jnp.where(ids < 0, stacked.shape[0], physical)  # Past the end: dropped.
+
+    def put(stacked, physical, new):
+        return stacked.at[physical, : table.embedding_dim].set(new, mode="drop")
+
+    return rows_by_number(put, stacked, physical, new, writes=True)
+
+
+def _put_rows_into_ref(stacked: Any, ids: jax.Array, new: jax.Array, **static: Any) -> None:
+    write(stacked, _put_rows(read(stacked), ids, new, **static))
 
 
 def place_of_table(table: str, specs: Any) -> tuple[Plan, StackPlan, TablePlan]:
@@ -83,7 +110,8 @@ def write_rows(
 ) -> dict[str, EmbeddingVariables]:
     """Sets rows of one table by id; its slots stay as they are. The inverse of `embax.read_rows`.
 
-    Under `jax.jit` with the variables donated the rows are written in place; outside it the table is copied.
+    Under `jax.jit` with the variables donated the rows are written in place; outside it the table is copied. Refs are written in
+    place, inside and outside jit.
 
     Args:
         variables: `EmbeddingVariables` of each stack by name, sharded or not.
@@ -93,7 +121,7 @@ def write_rows(
         specs: pytree of placed `FeatureSpec`.
 
     Returns:
-        The variables with new rows. Inside jit an id outside the vocabulary is left out, and of equal ids one is written.
+        The variables with new rows; with refs, `variables` itself. Inside jit an id outside the vocabulary is left out, and of equal ids one is written.
 
     Raises:
         ValueError: the table is unknown, an id is not an integer, is outside the vocabulary or occurs twice, or the values are
@@ -113,13 +141,11 @@ def write_rows(
             )
     new = _row_values(table, values, (*rows.shape, planned.embedding_dim))
     stacked, *slots = jax.tree.leaves(variables[stack.name])
-    physical = physical_rows(jnp.maximum(rows, 0), planned.rows, stack.shape[0], plan.num_sparsecores)
-    physical = jnp.where(rows < 0, stack.shape[0], physical)  # Past the end: dropped.
-
-    def write(stacked, physical, new):
-        return stacked.at[physical, : planned.embedding_dim].set(new, mode="drop")
-
-    stacked = rows_by_number(write, stacked, physical, new, writes=True)
+    static = {"table": planned, "num_sparsecores": plan.num_sparsecores}
+    if is_ref(stacked):
+        inside_jit(_put_rows_into_ref, stacked, rows, new, **static)
+        return dict(variables)
+    stacked = _put_rows(stacked, rows, new, **static)
     structure = jax.tree.structure(variables[stack.name])
     return {**variables, stack.name: jax.tree.unflatten(structure, [stacked, *slots])}
 
@@ -145,13 +171,14 @@ def load_tables(
     """Puts given weights in the place of whole tables, block by block; their slots stay as they are.
 
     Args:
-        variables: `EmbeddingVariables` of each stack by name, sharded or not. Their tables are donated: use the result only.
+        variables: `EmbeddingVariables` of each stack by name, sharded or not. Arrays of tables are donated: use the result only.
+            Refs are written in place.
         tables: floating point NumPy array [vocabulary_size, embedding_dim], such as a memory map, by the name of its table;
             tables that are left out stay. On several processes all must pass the same.
         specs: pytree of placed `FeatureSpec`.
 
     Returns:
-        The variables with these tables.
+        The variables with these tables; with refs, of the same refs.
 
     Raises:
         ValueError: a table is unknown, or an array has another shape or no real numbers. Nothing is changed then.
@@ -179,6 +206,8 @@ def load_tables(
     for name, values in arrays.items():
         stack, planned = places[name]
         stacked, *slots = jax.tree.leaves(new[stack.name])
-        stacked = in_table_format(put_logical(stacked, values, planned, plan.num_sparsecores), stack.optimizer)
+        stacked = put_logical(stacked, values, planned, plan.num_sparsecores)
+        if not is_ref(stacked):
+            stacked = in_table_format(stacked, stack.optimizer)
         new[stack.name] = jax.tree.unflatten(jax.tree.structure(new[stack.name]), [stacked, *slots])
     return new

@@ -19,9 +19,11 @@ from embax._matmul import (
 from embax._ops.across_devices import gradients_across
 from embax._ops.geometry import axis_of, make_geometry, update_geometry
 from embax._ops.row_sums import group, sum_groups
+from embax._ops.row_update import RowLimits
 from embax._ops.update import apply_rows
 from embax._preprocess.buffers import PreprocessedInput
-from embax._stacking.plan import make_plan
+from embax._refs import has_refs, inside_jit, read, write
+from embax._stacking.plan import Plan, make_plan
 from embax._types import Array, Float32
 from embax._variables import EmbeddingVariables
 
@@ -142,18 +144,19 @@ def apply_sparse_gradients(
 ) -> dict[str, EmbeddingVariables]:
     """Takes one optimizer step on every row that has a gradient, and on no other.
 
-    Under `jax.jit` with the variables donated, tables and slots are updated in place.
+    Under `jax.jit` with the variables donated, tables and slots are updated in place. Refs are updated in place without donation,
+    inside and outside jit.
 
     Args:
         sparse: the gradients of each stack, or of some; those of a row that is in it several times are added. Arrays may have
             leading dimensions.
-        variables: `EmbeddingVariables` of each stack by name; inside `jax.shard_map` those of this device.
+        variables: `EmbeddingVariables` of each stack by name, of arrays or of refs; inside `jax.shard_map` those of this device.
         specs: pytree of placed `FeatureSpec`.
         step: the number of the step, for schedules and for optimizers that need it (Adam, F2A).
         embedding_var_limits: as in `embax.apply_gradients`.
 
     Returns:
-        The new variables.
+        The new variables. With refs, `variables` itself.
 
     Raises:
         ValueError: gradients or variables do not belong to the specs, or a schedule needs `step`.
@@ -167,21 +170,44 @@ def apply_sparse_gradients(
         )
     check_variables(variables, plan)
     limits = checked_limits(embedding_var_limits, plan)
-    chosen = [number for number, name in enumerate(names) if name in sparse]
-    parts = [_flat(names[number], sparse[names[number]], plan.stacks[number].shape[1]) for number in chosen]
+    parts = {
+        stack.name: _flat(stack.name, sparse[stack.name], stack.shape[1])
+        for stack in plan.stacks
+        if stack.name in sparse
+    }
+    if has_refs(variables):
+        inside_jit(_apply_to_refs, variables, parts, step, plan=plan, limits=limits)
+        return dict(variables)
+    return apply_to_stacks(variables, parts, step, plan, limits)
+
+
+def apply_to_stacks(
+    variables: Mapping[str, EmbeddingVariables],
+    parts: Mapping[str, SparseGradient],
+    step: int | jax.Array | None,
+    plan: Plan,
+    limits: Sequence[RowLimits],
+) -> dict[str, EmbeddingVariables]:
+    """The variables after one optimizer step on the rows of some stacks; gradients have no leading dimensions."""
+    chosen = [number for number, stack in enumerate(plan.stacks) if stack.name in parts]
+    names = [plan.stacks[number].name for number in chosen]
     new = apply_rows(
-        [part.rows for part in parts],
-        [part.values for part in parts],
-        [tuple(jax.tree.leaves(variables[names[number]])) for number in chosen],
+        [parts[name].rows for name in names],
+        [parts[name].values for name in names],
+        [tuple(jax.tree.leaves(variables[name])) for name in names],
         (),
         update_geometry(plan, chosen),
         step,
         [limits[number] for number in chosen],
     )
     updated = dict(variables)
-    for number, state in zip(chosen, new, strict=True):
-        updated[names[number]] = jax.tree.unflatten(jax.tree.structure(variables[names[number]]), state)
+    for name, state in zip(names, new, strict=True):
+        updated[name] = jax.tree.unflatten(jax.tree.structure(variables[name]), state)
     return updated
+
+
+def _apply_to_refs(variables: Any, parts: Any, step: Any, *, plan: Plan, limits: tuple[RowLimits, ...]) -> None:
+    write(variables, apply_to_stacks(read(variables), parts, step, plan, limits))
 
 
 def _flat(name: str, one: Any, dim: int | None = None) -> SparseGradient:

@@ -1,6 +1,7 @@
 """The frozen snapshot of placed specs that packing, lookup and update work from."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -93,6 +94,14 @@ class Plan:
     num_devices: int
     num_sparsecores_per_device: int
     num_features: int
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        # jit hashes a plan at every call that has it as a static argument.
+        return hash((self.stacks, self.num_devices, self.num_sparsecores_per_device, self.num_features))
 
     @property
     def num_sparsecores(self) -> int:

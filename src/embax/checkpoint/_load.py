@@ -42,17 +42,31 @@ def read_stack(
 ) -> EmbeddingVariables:
     """The variables of a stack, on the devices of a mesh, each its own rows, or on the default device."""
     processes = Processes.of(jax.local_devices()) if over is None else over.processes
-    arrays = []
+    arrays = [empty_array(plan, stack, shape, over) for shape in stack.state_shapes]
+    arrays = fill_stack(stored, plan, stack, stored_names, arrays, processes)
+    arrays = [in_table_format(array, stack.optimizer) for array in arrays]
+    return EmbeddingVariables(arrays[0], stack.optimizer.make_slots(arrays[1:]))
+
+
+def fill_stack(
+    stored: Stored,
+    plan: Plan,
+    stack: StackPlan,
+    stored_names: Mapping[str, str],
+    arrays: Sequence[Any],
+    processes: Processes,
+) -> list[Any]:
+    """Puts the tables and slots of a checkpoint into the arrays of a stack, which are donated, or refs, which are written."""
     labels = ("table", *(f"slot.{name}" for name in stack.optimizer.slot_names))
-    for label, shape in zip(labels, stack.state_shapes, strict=True):
-        stacked = empty_array(plan, stack, shape, over)
+    filled = []
+    for label, stacked in zip(labels, arrays, strict=True):
         for table in stack.tables:
             with processes.together(Action.LOAD, LOAD_KINDS):
                 values = read_table(stored, stored_names[table.name], label)
             stacked = put_logical(stacked, values, table, plan.num_sparsecores)
             del values
-        arrays.append(in_table_format(stacked, stack.optimizer))
-    return EmbeddingVariables(arrays[0], stack.optimizer.make_slots(arrays[1:]))
+        filled.append(stacked)
+    return filled
 
 
 def read_leaves(stored: Stored, descriptions: Sequence[dict[str, Any]], template: Sequence[NamedLeaf]) -> list[Any]:

@@ -14,9 +14,10 @@ from embax.checkpoint._describe import check_tables, describe_table
 from embax.checkpoint._errors import CheckpointError
 from embax.checkpoint._extra import NamedLeaf, check_leaves, named_leaves
 from embax.checkpoint._format import Stored, check_files, read_metadata
-from embax.checkpoint._load import LOAD_KINDS, read_leaves, read_stack, read_table
+from embax.checkpoint._load import LOAD_KINDS, fill_stack, read_leaves, read_table
 from embax.checkpoint._save import TableGroup, resolve, write_checkpoint
-from embax.nnx.embed import EmbeddingVariablesParam, InvalidIds, SparseCoreEmbed
+from embax.nnx._ref_variables import EmbeddingVariable, InvalidIds, UpdateOrder
+from embax.nnx.embed import SparseCoreEmbed
 
 
 def _layers(model: nnx.Module) -> dict[str, SparseCoreEmbed]:
@@ -32,7 +33,7 @@ def _groups(layers: dict[str, SparseCoreEmbed]) -> list[TableGroup]:
     groups = []
     for path, layer in layers.items():
         stored = {name: name if count[name] == 1 else f"{path}/{name}" for name in names[path]}
-        groups.append(TableGroup(layer.feature_specs, layer.embedding_table.get_value(), stored))
+        groups.append(TableGroup(layer.feature_specs, layer.embedding_table, stored))
     everything = Counter(name for group in groups for name in group.stored_names.values())
     if everything and max(everything.values()) > 1:
         name = everything.most_common(1)[0][0]
@@ -41,8 +42,8 @@ def _groups(layers: dict[str, SparseCoreEmbed]) -> list[TableGroup]:
 
 
 def _rest(node: Any) -> nnx.State:
-    """The state of a model or an optimizer without the tables."""
-    return nnx.state(node, nnx.Not(nnx.Any(EmbeddingVariablesParam, InvalidIds)))
+    """The state of a model or an optimizer without the tables, and without what the next step sets anew."""
+    return nnx.state(node, nnx.Not(nnx.Any(EmbeddingVariable, UpdateOrder, InvalidIds)))
 
 
 def _value(variable: Any) -> Any:
@@ -95,16 +96,11 @@ def save(
     write_checkpoint(resolve(path), _groups(_layers(model)), extra, overwrite)
 
 
-def _placed_like(old: Any, new: Any) -> Any:
-    return jax.tree.map(lambda a, b: jax.device_put(b, a.sharding) if a.committed else b, old, new)
-
-
 def restore(path: str | os.PathLike, model: nnx.Module, optimizer: nnx.Optimizer | None = None) -> None:
     """Restores what `save` saved into a model of the same structure, and its optimizer, in place.
 
     Nothing is changed unless all of the checkpoint has been read and found intact and fitting; therefore tables are
-    read twice. Needs the memory of one stack and one table beside the model, on a mesh of a device's rows of one stack on that
-    device. The number of SparseCores, devices and processes, and the stacking of the tables, may differ from those of the saved
+    read twice. Tables are written into the refs of the model, so the memory of one table is needed beside the model. The number of SparseCores, devices and processes, and the stacking of the tables, may differ from those of the saved
     model. Of several processes all call it, in their main thread, and each reads the checkpoint; if one finds it damaged or not
     fitting, nothing is changed on any.
 
@@ -133,12 +129,11 @@ def restore(path: str | os.PathLike, model: nnx.Module, optimizer: nnx.Optimizer
             for label in table["arrays"]:
                 read_table(stored, name, label)
 
-    for layer, group, mesh in zip(layers.values(), groups, meshes, strict=True):
-        plan, variables = make_plan(group.specs), dict(group.variables)
+    for group in groups:
+        plan = make_plan(group.specs)
         for stack in plan.stacks:
-            new = read_stack(stored, plan, stack, group.stored_names, mesh)
-            variables[stack.name] = new if mesh is not None else _placed_like(variables[stack.name], new)
-            layer.embedding_table.set_value(dict(variables))
+            refs = jax.tree.leaves(group.variables[stack.name])
+            fill_stack(stored, plan, stack, group.stored_names, refs, processes)
     nnx.update(model, _with_leaves(_rest(model), leaves[:count]))
     if optimizer is not None:
         nnx.update(optimizer, _with_leaves(_rest(optimizer), leaves[count:]))

@@ -1,48 +1,51 @@
 """`SparseCoreEmbed` for Flax NNX: large embedding tables that are updated in place in the backward pass."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 try:
     import optax
     from flax import nnx
-    from flax.errors import TraceContextError
 except ImportError as error:
     raise ImportError("embax.nnx needs Flax and optax: pip install 'embax[flax]'") from error
 
-from embax._layer import Shell, chosen, refuse_several
+from embax._layer import Shell
 from embax._mesh import TableMesh, replicated
 from embax._preprocess.buffers import PreprocessedInput
-from embax._rows import load_tables, read_rows, write_rows
+from embax._ref_lookup import LayerRefs, rows_in_refs
+from embax._refs import is_ref
+from embax._rows import load_tables, place_of_table, valid_ids, write_rows
 from embax._variables import EmbeddingVariables, without_slots
+from embax.nnx._ref_variables import EmbeddingVariable as EmbeddingVariable
+from embax.nnx._ref_variables import InvalidIds as InvalidIds
+from embax.nnx._ref_variables import RefVariable, StepCounter, UpdateOrder
 
 
 class EmbeddingVariablesParam(nnx.Param):
-    """Tables and slots of a `SparseCoreEmbed`. What differentiation returns for it is not a gradient: it is the new value."""
-
-
-class InvalidIds(nnx.Variable):
-    """int32[features]: ids that the last call with raw ids inside jit left out since they or their weights are not valid."""
+    """Tables and slots of a layer of `embax.compat`. What differentiation returns for it is their new value, not a gradient."""
 
 
 def is_embedding_variables(path: Any, value: Any) -> bool:
-    """An NNX filter for the tables and slots of embedding layers."""
+    """An NNX filter for what embedding layers hold in refs (tables, slots, counters), and for the tables of `embax.compat`."""
     del path
-    return isinstance(value, EmbeddingVariablesParam)
+    return isinstance(value, RefVariable | EmbeddingVariablesParam)
 
 
 def is_non_embedding_variables(path: Any, value: Any) -> bool:
-    """An NNX filter for everything but the tables and slots of embedding layers."""
+    """An NNX filter for everything but what `is_embedding_variables` finds: arrays that any optimizer may see."""
     return not is_embedding_variables(path, value)
 
 
 def get_named_sharding(node: Any, mesh: jax.sharding.Mesh) -> nnx.State:
     """The shardings of the state of a model, an optimizer or the like, such as `nnx.jit` and `jax.device_put` take them.
+
+    A `SparseCoreEmbed` puts its tables on the devices of its mesh when it is made, and JAX moves no refs. So put the rest of a
+    model there as the example does.
 
     Args:
         node: an NNX module, graph node or state.
@@ -53,36 +56,45 @@ def get_named_sharding(node: Any, mesh: jax.sharding.Mesh) -> nnx.State:
         all else as NNX says, and replicated where it says nothing.
 
     Example:
-        >>> shardings = embax.nnx.embed.get_named_sharding(model, mesh)
-        >>> nnx.update(model, jax.device_put(nnx.state(model), shardings))
+        >>> state = nnx.state(model, embax.nnx.embed.is_non_embedding_variables)
+        >>> nnx.update(model, jax.device_put(state, embax.nnx.embed.get_named_sharding(state, mesh)))
     """
 
     def of_variable(variable):
-        value = variable.get_value()
-        if isinstance(variable, EmbeddingVariablesParam):
-            axes = variable.get_metadata().get("sharding_axes")
+        axes = variable.get_metadata().get("sharding_axes")
+        value = variable.get_raw_value()
+        if isinstance(variable, RefVariable | EmbeddingVariablesParam):
             over = None if axes is None else TableMesh(mesh, axes)
-            return variable.replace(jax.tree.map(functools.partial(_sharding_of, mesh, over), value))
-        spec = nnx.get_partition_spec(variable).get_value()
-        sharding = None if spec is None or spec == jax.P() else jax.sharding.NamedSharding(mesh, spec)
-        return variable.replace(jax.tree.map(lambda array: sharding or replicated(mesh, jnp.ndim(array)), value))
+            shardings = jax.tree.map(functools.partial(_sharding_of, mesh, over), value)
+        else:
+            spec = nnx.get_partition_spec(variable).get_value()
+            sharding = None if spec is None or spec == jax.P() else jax.sharding.NamedSharding(mesh, spec)
+            shardings = jax.tree.map(lambda array: sharding or replicated(mesh, jnp.ndim(array)), value)
+        return variable.replace(shardings)
 
     state = node if isinstance(node, nnx.State) else nnx.state(node)
     return jax.tree.map(of_variable, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def _sharding_of(mesh: jax.sharding.Mesh, over: TableMesh | None, array: Any) -> jax.sharding.NamedSharding:
-    ndim = jnp.ndim(array)
+    ndim = len(array.shape)
     return replicated(mesh, ndim) if over is None or ndim == 0 else over.sharding(ndim)
 
 
 class SparseCoreEmbed(nnx.Module):
     """Looks features up in large embedding tables, and updates the tables as it is differentiated.
 
-    Use it like any layer, under `nnx.jit` with the model donated, `nnx.value_and_grad` and `PartitionedOptimizer`. The
-    backward pass applies each table's own optimizer to the rows that the batch touched and returns the new tables in the
-    place of their gradient, so a step must call the layer once, and any other optimizer than `PartitionedOptimizer` would
-    take the new tables for gradients. Leave the tables out of what is done to gradients in between, such as clipping.
+    Use it like any layer, under `nnx.jit`, `nnx.value_and_grad`, `nnx.Optimizer(model, tx, wrt=nnx.Param)` and any optax
+    transformation. Tables and slots are held in refs (`jax.Ref`), which no optimizer sees. The backward pass of each lookup applies
+    each table's own optimizer to the rows that the batch touched, and writes the refs in place. Nothing is donated.
+
+    - A step may look a layer up several times. Each lookup takes an optimizer step of its own; all lookups read the tables as they
+      were before the step.
+    - What is done to gradients after the backward pass (scaling, clipping, averaging) does not reach the tables. See
+      `gradient_scale` for a scaled loss, and `embax.nnx.value_and_grad` for gradients of tables that are applied later.
+    - Without differentiation, a lookup only reads. Exclude `token` from what is differentiated, and the tables stay as they are.
+    - `nnx.clone` and `copy.deepcopy` give the copy tables of its own. `nnx.split` and `nnx.merge` do not copy: models that are
+      merged from one state share its tables.
 
     Args:
         feature_specs: pytree of `FeatureSpec`. Specs that are not placed yet are placed in a copy.
@@ -106,10 +118,12 @@ class SparseCoreEmbed(nnx.Module):
         dtype: of the activations, such as `jnp.bfloat16`; None means float32. Tables are float32.
 
     Attributes:
-        embedding_table: `EmbeddingVariables` of each stack by name.
-        invalid_ids: int32[features] in the order of the feature leaves, overwritten by each call with raw ids inside jit: the
-            ids that were left out since they or their weights are not valid. A function that closes over the model instead of
-            taking it as an argument of `nnx.jit` does not get them.
+        tables: `EmbeddingVariables` of each stack by name, whose leaves are NNX variables: `tables["movie"].table[...]`.
+        token: float32[], an `nnx.Param` whose gradient is always 0. It makes lookups differentiable.
+        step: int32[], the optimizer steps that were taken, in a ref. Schedules, Adam and F2A read it. All lookups of one training
+            step see the same number.
+        invalid_ids: int32[features] in a ref, in the order of the feature leaves, overwritten by each call with raw ids inside jit:
+            the ids that were left out since they or their weights are not valid.
 
     Raises:
         ValueError: the specs are inconsistent, or an argument is not what is described here.
@@ -152,14 +166,21 @@ class SparseCoreEmbed(nnx.Module):
             "dtype": dtype,
         }
         shell = Shell("SparseCoreEmbed", feature_specs, **options)
-        variables = shell.init(rngs.params())
         self._shell = nnx.static(shell)
         self._options = nnx.static(options)
         axes = None if shell.mesh is None else shell.mesh.axes
-        self.embedding_table = EmbeddingVariablesParam(variables, sharding_axes=axes)
-        # Its "gradient" counts the differentiated lookups that the "gradient" of the tables is the sum of.
-        self.lookups = EmbeddingVariablesParam(shell.small(jnp.zeros((), jnp.float32)))
+        variable = functools.partial(EmbeddingVariable, sharding_axes=axes)
+        self.tables = nnx.data(jax.tree.map(variable, shell.init(rngs.params())))
+        self.token = nnx.Param(shell.small(jnp.zeros((), jnp.float32)))
+        self.order = UpdateOrder(shell.by_device(jnp.zeros(shell.plan.num_devices, jnp.int32)), sharding_axes=axes)
+        self.step = StepCounter(shell.small(jnp.zeros((), jnp.int32)))
         self.invalid_ids = InvalidIds(shell.small(jnp.zeros(shell.plan.num_features, jnp.int32)))
+
+    @property
+    def embedding_table(self) -> dict[str, EmbeddingVariables]:
+        """`EmbeddingVariables` of refs of each stack by name, as `embax.lookup`, `embax.checkpoint.save` and the like take them."""
+        self.make_refs()
+        return jax.tree.map(lambda variable: variable.held, self.tables, is_leaf=_is_variable)
 
     @property
     def feature_specs(self) -> Any:
@@ -192,116 +213,132 @@ class SparseCoreEmbed(nnx.Module):
 
         Raises:
             ValueError: an id or a weight is not valid, the batch does not divide over the devices, or under `limits="raise"`
-                a limit is exceeded; or the last step looked the tables up more than once; or the batches of several
-                processes differ in size.
+                a limit is exceeded; or the batches of several processes differ in size.
             RuntimeError: another process could not pack its part.
         """
-        lookups = self.lookups.get_value()
-        refuse_several(lookups)
-        self._shell.wait(lookups)
-        packed = self._shell.pack(ids, weights)
-        if not self._shell.alone:
-            refuse_several(
-                lookups, wait=True
-            )  # Processes have waited for the last step when they have compared batches.
-        return packed
+        self.make_refs()
+        self._shell.wait(self.order.held)
+        return self._shell.pack(ids, weights)
 
-    def __call__(self, inputs: Any, step: int | jax.Array | None = None, *, weights: Any = None) -> Any:
+    def __call__(
+        self,
+        inputs: Any,
+        step: int | jax.Array | None = None,
+        *,
+        weights: Any = None,
+        gradient_scale: float | jax.Array | None = None,
+    ) -> Any:
         """The activations of a batch.
 
         Args:
             inputs: what `preprocess` returned; or ids in the structure of the specs. Outside jit these are packed by
                 `preprocess`; inside jit they are packed there, and those that are not valid are counted in `invalid_ids`.
-            step: the number of the step, for schedules and for optimizers that need it (Adam, F2A).
+            step: the number of the step, for schedules and for optimizers that need it. None means the layer's own `step`, which
+                else continues behind this number.
             weights: with ids None, or weights of the same structure and shapes.
+            gradient_scale: None, or what the loss is multiplied by, a number or a traced scalar. Gradients are divided by it
+                before the tables are updated, and before `skip_nonfinite` looks at them.
 
         Returns:
             float32[batch, output_dim] of each feature, or of the layer's dtype, in the structure of the specs.
 
         Raises:
-            ValueError: the batch was packed for other specs, an id or a weight is not valid, or a schedule needs `step`.
+            ValueError: the batch was packed for other specs, an id or a weight is not valid, or this layer was made inside jit and
+                has not been given refs.
         """
-        variables, lookups = self.embedding_table.get_value(), self.lookups.get_value()
-        activations, invalid_ids = self._shell.lookup(variables, lookups, inputs, weights, step)
+        activations, invalid_ids = self._shell.lookup_in_refs(
+            self._refs(), self.token.get_value(), inputs, weights, step, gradient_scale
+        )
         if invalid_ids is not None:
-            with contextlib.suppress(
-                TraceContextError
-            ):  # The model is no argument of what is traced: it cannot take them out.
-                self.invalid_ids.set_value(invalid_ids)
+            self.invalid_ids[...] = invalid_ids
         return activations
 
-    def rows(self, table: str, ids: Any) -> jax.Array:
-        """Rows of a table by id: see `embax.read_rows`."""
-        return read_rows(self.embedding_table.get_value(), table, ids, specs=self._shell.specs)
+    def rows(
+        self,
+        table: str,
+        ids: Any,
+        step: int | jax.Array | None = None,
+        *,
+        gradient_scale: float | jax.Array | None = None,
+    ) -> jax.Array:
+        """Rows of a table by id, as they are stored: a lookup that is not combined, weighted or quantized.
+
+        Differentiated, it updates these rows like any other lookup. Under `jax.lax.stop_gradient` it is a constant.
+
+        Args:
+            table: name of the table.
+            ids: integer array of any shape; outside jit every id must be in `[0, vocabulary_size)`.
+            step: as in the call of the layer.
+            gradient_scale: as in the call of the layer.
+
+        Returns:
+            float32[*ids.shape, embedding_dim]; inside jit NaN for an id outside the vocabulary.
+
+        Raises:
+            ValueError: the table is unknown, or an id is not an integer or is outside the vocabulary.
+
+        Example:
+            >>> logits = hidden @ embed.rows("word", jnp.arange(vocabulary_size)).T
+        """
+        _, stack, planned = place_of_table(table, self._shell.specs)
+        rows = valid_ids(ids, table, planned.vocabulary_size)
+        return rows_in_refs(
+            self._shell.settings, stack, planned, self._refs(), self.token.get_value(), rows, step, gradient_scale
+        )
 
     def set_rows(self, table: str, ids: Any, values: Any) -> None:
-        """Sets rows of a table by id, see `embax.write_rows`. Outside jit the table is copied once."""
-        variables = self.embedding_table.get_value()
-        self.embedding_table.set_value(write_rows(variables, table, ids, values, specs=self._shell.specs))
+        """Sets rows of a table by id, in place: see `embax.write_rows`."""
+        write_rows(self.embedding_table, table, ids, values, specs=self._shell.specs)
 
     def load(self, tables: Mapping[str, Any]) -> None:
         """Puts given weights in the place of whole tables, in place: see `embax.load_tables`."""
-        variables = self.embedding_table.get_value()
-        self.embedding_table.set_value(load_tables(variables, tables, specs=self._shell.specs))
+        load_tables(self.embedding_table, tables, specs=self._shell.specs)
 
     def without_slots(self) -> "SparseCoreEmbed":
         """A frozen layer with the same tables and without slots, to evaluate and to serve.
 
-        The tables are the same arrays: a step of this layer that donates them deletes them for the other one too.
+        The tables are the same refs: the frozen layer sees what this layer learns. `nnx.clone` of it has tables of its own.
         """
         options: dict[str, Any] = self._options | {"frozen": True, "skip_nonfinite": False}
-        # Of an abstract layer, so that no table is drawn.
+        # An abstract layer, so that no table is drawn.
         layer = nnx.eval_shape(lambda: type(self)(self._shell.specs, rngs=nnx.Rngs(0), **options))
-        layer.embedding_table.set_value(without_slots(self.embedding_table.get_value()))
-        layer.lookups.set_value(layer._shell.small(jnp.zeros((), jnp.float32)))
-        layer.invalid_ids.set_value(jnp.zeros_like(self.invalid_ids.get_value()))
+        self.make_refs()
+        layer.tables = nnx.data(without_slots(self.tables))
+        small = layer._shell.small
+        layer.token.set_value(small(jnp.zeros((), jnp.float32)))
+        layer.order = UpdateOrder(self.order[...], sharding_axes=self.order.sharding_axes)
+        layer.step = StepCounter(self.step[...])
+        layer.invalid_ids = InvalidIds(small(jnp.zeros(self._shell.plan.num_features, jnp.int32)))
         return layer
 
+    def make_refs(self) -> None:
+        """Puts the arrays of a layer that was made inside jit into refs. Does nothing inside jit, or where they are refs already.
 
-def _take_over(layer: "SparseCoreEmbed", new: Mapping[str, EmbeddingVariables], lookups: jax.Array) -> None:
-    """Gives a layer the tables that its backward pass returned, if there was exactly one differentiated lookup; see `chosen`.
+        `preprocess` and calls outside jit do it by themselves.
+        """
+        if is_ref(self.step.held):
+            return
+        state = (self.tables, self.order, self.step, self.invalid_ids)
+        variables = jax.tree.leaves(state, is_leaf=_is_variable)
+        if not any(isinstance(variable.held, Tracer | jax.ShapeDtypeStruct) for variable in variables):
+            for variable in variables:
+                variable.make_ref()
 
-    Otherwise it keeps its tables, and after several raises at the next `preprocess`.
-    """
-    old = layer.embedding_table.get_value()
-    layer.embedding_table.set_value(chosen(lookups, dict(new), old))
-    layer.lookups.set_value(lookups)
+    def _refs(self) -> LayerRefs:
+        return LayerRefs(self.embedding_table, self.order.held, self.step.held)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, RefVariable)
 
 
 class PartitionedOptimizer(nnx.Optimizer):
-    """Steps the dense parameters of a model with optax, and takes over the tables that the backward pass has updated.
+    """`nnx.Optimizer(model, dense_optimizer, wrt=nnx.Param)`, under the name of JAX SparseCore: no table is an `nnx.Param`.
 
     Args:
         model: a model that holds any number of `SparseCoreEmbed`.
-        dense_optimizer: optax transformation of all other `nnx.Param`.
-
-    Example:
-        >>> optimizer = PartitionedOptimizer(model, optax.adam(1e-3))
-        >>> @functools.partial(nnx.jit, donate_argnames=("model", "optimizer"))
-        ... def train_step(model, optimizer, packed, labels):
-        ...     loss, gradients = nnx.value_and_grad(loss_of)(model, packed, labels)
-        ...     optimizer.update(model, gradients)
-        ...     return loss
+        dense_optimizer: optax transformation of all `nnx.Param`.
     """
 
     def __init__(self, model: nnx.Module, dense_optimizer: optax.GradientTransformation):
         super().__init__(model, dense_optimizer, wrt=nnx.All(nnx.Param, nnx.Not(EmbeddingVariablesParam)))
-
-    def update(self, model: nnx.Module, grads: Any, /, **kwargs: Any) -> Any:
-        """Updates model and optimizer state from what `nnx.value_and_grad` returned, in place.
-
-        Args:
-            model: the model that was differentiated.
-            grads: its gradients.
-            **kwargs: passed on to optax.
-
-        Returns:
-            The updates of the dense parameters.
-        """
-        tables, dense = nnx.split_state(grads, EmbeddingVariablesParam, ...)
-        flat = dict(nnx.to_flat_state(tables))
-        for path, module in nnx.iter_graph(model):
-            if isinstance(module, SparseCoreEmbed) and (*path, "embedding_table") in flat:
-                new = flat[(*path, "embedding_table")].get_value()
-                _take_over(module, new, flat[(*path, "lookups")].get_value())
-        return super().update(model, dense, **kwargs)

@@ -1,0 +1,383 @@
+"""The differentiable lookups of a layer whose tables live in refs.
+
+The backward pass of a lookup takes one optimizer step on the rows that the batch touched, and writes them into the refs. No
+gradient of a table leaves it. JAX runs a backward rule only where an input is differentiated, so a lookup takes a scalar, the token,
+whose gradient is always 0.
+
+Two lookups and their updates are ordered through the refs. XLA updates a table in place only if it sees that every read of the old
+table comes first. So each lookup adds a zero to the ref `order` that XLA takes for a function of the rows that were read, and each
+update waits for the value of `order`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from embax._checks import INT32_MAX
+from embax._lookup_vjp import LookupSettings, update_of
+from embax._matmul import all_finite, gain_gradients_of_features, lookup_features
+from embax._mesh import on_devices
+from embax._ops.geometry import update_geometry
+from embax._ops.row_update import orders_of
+from embax._ops.update import apply_rows
+from embax._preprocess.buffers import PreprocessedInput
+from embax._refs import inside_jit, is_ref, read, write
+from embax._rows import take_rows
+from embax._stacking.layout import physical_rows
+from embax._stacking.plan import StackPlan, TablePlan
+
+
+class LayerRefs(NamedTuple):
+    """The refs of a layer. A pytree.
+
+    Args:
+        variables: `EmbeddingVariables` of each stack by name, whose leaves are refs.
+        order: int32[num_devices, n], the same in each column; see above.
+        step: int32[n], in each element the number of optimizer steps that were taken.
+        bin: None, or where the backward pass of this lookup stores its gradients instead of updating the tables.
+    """
+
+    variables: Any
+    order: Any
+    step: Any
+    bin: Any = None
+
+
+class GradientBin(NamedTuple):
+    """Refs that a backward pass stores the gradients of one lookup in, once for each time that it runs.
+
+    Args:
+        count: int32[], how often it ran.
+        gradients: pytree like what the lookup stores, whose leaves are refs with a leading dimension.
+    """
+
+    count: Any
+    gradients: Any
+
+
+def after_arrays(order: jax.Array, arrays: list[jax.Array]) -> jax.Array:
+    """`order`, known once the arrays are."""
+    return functools.reduce(lambda sum, zero: sum if zero is None else sum + zero, orders_of(arrays, 0), order)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lookup(
+    settings: LookupSettings, refs: LayerRefs, token: jax.Array, packed: PreprocessedInput, step: Any, scale: Any
+) -> list[jax.Array]:
+    """Activations of each feature, in the order of the feature leaves."""
+    del token, step, scale
+    return inside_jit(_read_features, refs, packed, settings=settings)[0]
+
+
+def _read_features(
+    refs: LayerRefs, packed: PreprocessedInput, *, settings: LookupSettings
+) -> tuple[list[jax.Array], jax.Array]:
+    """The activations, and the number of the step."""
+
+    def look_up(variables, order, packed):
+        features, looked_up = lookup_features(packed, variables, settings.plan, settings.axis_name)
+        return features, after_arrays(order, looked_up)
+
+    spec = None if settings.mesh is None else settings.mesh.leading
+    look_up = on_devices(settings.mesh, look_up, (spec, spec, spec), spec)
+    features, order = look_up(read(refs.variables), read(refs.order), packed)
+    if not settings.all_frozen:
+        write(refs.order, order)
+    return features, read(refs.step).reshape(-1)[0]
+
+
+def _lookup_forward(settings, refs, token, packed, step, scale):
+    _check_updatable(settings, refs)
+    features, own_step = inside_jit(_read_features, refs, packed, settings=settings)
+    return features, (refs, token, packed, own_step if step is None else step, scale)
+
+
+def _lookup_backward(settings, residuals, gradients):
+    refs, token, packed, step, scale = residuals
+    if refs.bin is not None:
+        inside_jit(_store, refs.bin, (_unscaled(gradients, scale), packed))
+    elif not settings.all_frozen:
+        inside_jit(_update, refs, gradients, packed, step, scale, settings=settings)
+    return None, jnp.zeros_like(token), None, None, None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def _check_updatable(settings: LookupSettings, refs: LayerRefs) -> None:
+    """Raises a ValueError if the tables cannot be updated since they are arrays still."""
+    if not settings.all_frozen and not is_ref(refs.step):
+        raise ValueError(
+            "The layer is differentiated, and holds its tables in arrays, since it was made inside jit or nnx.eval_shape. Call "
+            "make_refs() of the layer outside jit once, or its preprocess(), which does it too."
+        )
+
+
+def _unscaled(gradients: Any, scale: Any) -> Any:
+    return gradients if scale is None else jax.tree.map(lambda gradient: gradient / scale, gradients)
+
+
+def _store(bin: GradientBin, gradients: Any) -> None:
+    count = bin.count[...]
+    for ref, value in zip(jax.tree.leaves(bin.gradients), jax.tree.leaves(gradients), strict=True):
+        ref[count] = value
+    bin.count[...] = count + 1
+
+
+def _update(
+    refs: LayerRefs, gradients: Any, packed: PreprocessedInput, step: Any, scale: Any, *, settings: LookupSettings
+) -> None:
+    gradients = _unscaled(gradients, scale)
+    after = [read(refs.order)] * len(settings.plan.stacks)
+    new = update_of(settings, gradients, packed, read(refs.variables), step, after)
+    _finish(settings, refs, new, step, [gradients[leaf] for leaf in settings.updated_leaves])
+
+
+def _finish(settings: LookupSettings, refs: LayerRefs, new: Any, step: Any, gradients: list[jax.Array]) -> None:
+    """Stores new variables and the number of the next step. A skipped step is not counted."""
+    for name, state in new.items():
+        if name not in settings.frozen:
+            write(refs.variables[name], state)
+    next_step = jnp.full(refs.step.shape, jnp.asarray(step).astype(jnp.int32) + 1)
+    if settings.skip_nonfinite:
+        next_step = jnp.where(_finite(settings, gradients), next_step, read(refs.step))
+    write(refs.step, next_step)
+
+
+def _finite(settings: LookupSettings, gradients: list[jax.Array]) -> jax.Array:
+    spec = None if settings.mesh is None else settings.mesh.leading
+    finite = functools.partial(all_finite, axis=settings.axis_name)
+    return on_devices(settings.mesh, finite, (spec,), jax.P())(gradients)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_gain_gradients(
+    settings: LookupSettings, ordered: bool, features: list[jax.Array], gains: jax.Array, refs: LayerRefs, packed: Any
+) -> list[jax.Array]:
+    """The features as they are. In the backward pass the gains of the batch get their gradient.
+
+    This backward pass runs before the one that updates the tables. If `ordered`, the update waits for it, so that the table is not
+    copied; if not, XLA leaves it out where nobody asks for the gradient.
+    """
+    del settings, ordered, gains, refs, packed
+    return features
+
+
+def _gain_gradients_forward(settings, ordered, features, gains, refs, packed):
+    return features, (gains, refs, packed)
+
+
+def _gain_gradients_backward(settings, ordered, residuals, gradients):
+    gains, refs, packed = residuals
+    found = inside_jit(_gain_gradients, refs, gradients, packed, settings=settings, ordered=ordered)
+    return gradients, found.reshape(gains.shape), None, None
+
+
+_with_gain_gradients.defvjp(_gain_gradients_forward, _gain_gradients_backward)
+
+
+def _gain_gradients(
+    refs: LayerRefs, gradients: list[jax.Array], packed: PreprocessedInput, *, settings: LookupSettings, ordered: bool
+) -> jax.Array:
+    def products_of(gradients, packed, variables, order):
+        products = gain_gradients_of_features(gradients, packed, variables, settings.plan, settings.axis_name)
+        return jnp.concatenate(products), after_arrays(order, products)
+
+    spec = None if settings.mesh is None else settings.mesh.leading
+    products_of = on_devices(settings.mesh, products_of, (spec, spec, spec, spec), spec)
+    products, order = products_of(gradients, packed, read(refs.variables), read(refs.order))
+    if ordered and not settings.all_frozen:
+        write(refs.order, order)
+    return products
+
+
+def lookup_in_refs(
+    settings: LookupSettings, refs: LayerRefs, token: jax.Array, packed: PreprocessedInput, step: Any, scale: Any
+) -> list[jax.Array]:
+    """Activations of each feature, in the order of the feature leaves.
+
+    Args:
+        settings: static.
+        refs: of the layer. Where the token is differentiated, the backward pass writes them.
+        token: float[], differentiable; its gradient is 0.
+        packed: the packed batch. Its gains are differentiable.
+        step: None for the layer's own number of steps, or the number of this step.
+        scale: None, or what gradients are divided by before the update.
+    """
+    gains = packed.gains
+    packed = packed.replace(gains=_constant(gains))
+    features = _lookup(settings, refs, token, packed, step, None if scale is None else _constant(scale))
+    if isinstance(gains, Tracer):
+        differentiated = _differentiated(token, gains)
+        if differentiated is not False:
+            features = _with_gain_gradients(settings, bool(differentiated), features, gains, refs, packed)
+    return features
+
+
+def _constant(array: Any) -> Any:
+    return jax.lax.stop_gradient(array) if isinstance(array, Tracer) else array
+
+
+def _differentiated(token: jax.Array, gains: jax.Array) -> bool | None:
+    """Whether gains are differentiated; None if that is not known yet, since a function is traced that may be differentiated later."""
+    found = []
+
+    @jax.custom_vjp
+    def probe(token, gains):
+        del token
+        return gains
+
+    def forward(token, gains):
+        found.append(gains.perturbed)
+        return gains.value, (token.value,)
+
+    def backward(residuals, cotangent):
+        return jnp.zeros_like(residuals[0]), cotangent
+
+    probe.defvjp(forward, backward, symbolic_zeros=True)
+    probe(token, gains)
+    return any(found) if found else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _rows(
+    settings: LookupSettings,
+    stack: StackPlan,
+    table: TablePlan,
+    refs: LayerRefs,
+    token: jax.Array,
+    ids: jax.Array,
+    step: Any,
+    scale: Any,
+) -> jax.Array:
+    """float32[*ids.shape, embedding_dim], rows of a table by id; NaN for an id of -1."""
+    del token, step, scale
+    return inside_jit(_read_rows, refs, ids, settings=settings, stack=stack, table=table)[0]
+
+
+def _read_rows(
+    refs: LayerRefs, ids: jax.Array, *, settings: LookupSettings, stack: StackPlan, table: TablePlan
+) -> tuple[jax.Array, jax.Array]:
+    rows = take_rows(_table(refs, stack), ids, table=table, num_sparsecores=settings.plan.num_sparsecores)
+    if stack.name not in settings.frozen:
+        write(refs.order, after_arrays(read(refs.order), [rows]))
+    return rows, read(refs.step).reshape(-1)[0]
+
+
+def _table(refs: LayerRefs, stack: StackPlan) -> Any:
+    return jax.tree.leaves(refs.variables[stack.name])[0]
+
+
+def _rows_forward(settings, stack, table, refs, token, ids, step, scale):
+    _check_updatable(settings, refs)
+    rows, own_step = inside_jit(_read_rows, refs, ids, settings=settings, stack=stack, table=table)
+    return rows, (refs, token, ids, own_step if step is None else step, scale)
+
+
+def _rows_backward(settings, stack, table, residuals, gradient):
+    refs, token, ids, step, scale = residuals
+    if stack.name not in settings.frozen:
+        gradient = _unscaled(gradient, scale)
+        static = {"settings": settings, "stack": stack, "table": table}
+        if refs.bin is not None:
+            inside_jit(_store_rows, refs.bin, ids, gradient, **static)
+        else:
+            inside_jit(_update_rows, refs, ids, gradient, step, **static)
+    return None, jnp.zeros_like(token), None, None, None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def physical_gradient(
+    ids: jax.Array, gradient: jax.Array, settings: LookupSettings, stack: StackPlan, table: TablePlan
+) -> tuple[jax.Array, jax.Array]:
+    """int32[n], rows of the stack, `INT32_MAX` for an id of -1; and float32[n, dim], their gradients as wide as the stack."""
+    ids = ids.reshape(-1)
+    rows = physical_rows(jnp.maximum(ids, 0), table.rows, stack.shape[0], settings.plan.num_sparsecores)
+    gradient = gradient.reshape(ids.size, table.embedding_dim).astype(jnp.float32)
+    gradient = jnp.pad(gradient, ((0, 0), (0, stack.shape[1] - table.embedding_dim)))
+    return jnp.where(ids < 0, INT32_MAX, rows), jnp.where(ids[:, None] < 0, 0.0, gradient)
+
+
+def _store_rows(bin: GradientBin, ids: jax.Array, gradient: jax.Array, *, settings, stack, table) -> None:
+    _store(bin, physical_gradient(ids, gradient, settings, stack, table))
+
+
+def _update_rows(
+    refs: LayerRefs,
+    ids: jax.Array,
+    gradient: jax.Array,
+    step: Any,
+    *,
+    settings: LookupSettings,
+    stack: StackPlan,
+    table: TablePlan,
+) -> None:
+    rows, gradient = physical_gradient(ids, gradient, settings, stack, table)
+    if settings.skip_nonfinite:
+        rows = jnp.where(jnp.all(jnp.isfinite(gradient)), rows, INT32_MAX)
+    variables = read(refs.variables)
+    new = update_rows(settings, {stack.name: (rows, gradient)}, variables, step, read(refs.order))
+    if not settings.skip_nonfinite:
+        _finish(settings, refs, new, step, [])
+    else:
+        _finish(settings, refs, new, step, [gradient])
+
+
+def update_rows(
+    settings: LookupSettings, parts: dict[str, Any], variables: Any, step: Any, order: jax.Array
+) -> dict[str, Any]:
+    """The variables of some stacks after a step on rows by their number in the whole stack.
+
+    Args:
+        settings: static.
+        parts: `(rows, gradients)` of each stack: int32[n], of which every device has all, and float32[n, dim].
+        variables: `EmbeddingVariables` of each stack.
+        step: the number of the step.
+        order: int32[num_devices, n]; the update waits for it.
+    """
+    plan, mesh = settings.plan, settings.mesh
+    chosen = [number for number, stack in enumerate(plan.stacks) if stack.name in parts]
+    names = [plan.stacks[number].name for number in chosen]
+
+    def update(parts, variables, step, order):
+        states = [tuple(jax.tree.leaves(variables[name])) for name in names]
+        first = [0 if mesh is None else jax.lax.axis_index(mesh.axis_name) * state[0].shape[0] for state in states]
+        # Rows of other devices become negative, or too large: they are left out.
+        new = apply_rows(
+            [
+                jnp.where(parts[name][0] == INT32_MAX, INT32_MAX, parts[name][0] - begin)
+                for name, begin in zip(names, first, strict=True)
+            ],
+            [parts[name][1] for name in names],
+            states,
+            [order] * len(names),
+            update_geometry(plan, chosen),
+            step,
+            [settings.limits[number] for number in chosen],
+        )
+        structures = [jax.tree.structure(variables[name]) for name in names]
+        return {name: jax.tree.unflatten(tree, state) for name, tree, state in zip(names, structures, new, strict=True)}
+
+    if mesh is not None:
+        everywhere, spec = jax.P(), mesh.leading
+        update = on_devices(mesh, update, (everywhere, spec, everywhere, spec), spec)
+    return update(parts, {name: variables[name] for name in names}, step, order)
+
+
+def rows_in_refs(
+    settings: LookupSettings,
+    stack: StackPlan,
+    table: TablePlan,
+    refs: LayerRefs,
+    token: jax.Array,
+    ids: jax.Array,
+    step: Any,
+    scale: Any,
+) -> jax.Array:
+    """Rows of a table, float32[*ids.shape, embedding_dim]; arguments as for `lookup_in_refs`."""
+    return _rows(settings, stack, table, refs, token, ids, step, None if scale is None else _constant(scale))
