@@ -1,0 +1,201 @@
+"""What JAX recipes that touch gradients do to a Linen model: each trains it right, or is found out and leaves the tables."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from flax import linen as nn
+from flax.training.train_state import TrainState
+
+import embax
+from embax.linen.embed import (
+    EMBEDDING_PARAM_NAME,
+    SparseCoreEmbed,
+    apply_updates_for_sc_model,
+    create_optimizer_for_sc_model,
+)
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+BATCH, DIM, VOCABULARY, RATE = 8, 8, 64, 0.5
+SLOW = pytest.mark.filterwarnings("ignore::embax.SlowPathWarning")
+
+
+def mesh_of(size):
+    return jax.sharding.Mesh(np.array(jax.devices()[:size]), ("x",))
+
+
+class Setting:
+    """A layer, a dense bias, their parameters, and a jitted step that is right."""
+
+    def __init__(self, devices=1, optimizer=None, stacks=("t",), **options):
+        optimizer = optimizer or embax.AdagradOptimizerSpec(RATE)
+        tables = {name: oracle.table_spec(name, VOCABULARY, DIM, "sum", optimizer) for name in stacks}
+        specs = {name: oracle.feature_spec(name, table, BATCH) for name, table in tables.items()}
+        mesh = {} if devices == 1 else {"mesh": mesh_of(devices)}
+        self.layer = SparseCoreEmbed(specs, **mesh, **options)
+        self.params = {
+            "embed": self.layer.init(jax.random.key(0), self.batch(0))["params"],
+            "bias": jnp.full(DIM, 0.25),
+        }
+        self.optimizer = create_optimizer_for_sc_model(self.params, optax.sgd(RATE))
+        self.state = self.optimizer.init(self.params)
+        self.before = self.tables(self.params)
+        self.right = jax.jit(self.step_with(lambda gradients: gradients))
+
+    def ids(self, seed):
+        rng = np.random.default_rng(seed)
+        return {name: rng.integers(0, VOCABULARY, (BATCH, 3)).astype(np.int32) for name in self.layer.feature_specs}
+
+    def batch(self, seed):
+        return self.layer.preprocess(self.ids(seed))
+
+    def box(self, params):
+        return params["embed"][EMBEDDING_PARAM_NAME]
+
+    def tables(self, params):
+        return jax.tree.map(lambda leaf: np.array(leaf, copy=True), self.box(params).value)
+
+    def loss(self, params, packed):
+        activations = self.layer.apply({"params": params["embed"]}, packed)
+        return sum(jnp.mean((leaf.astype(jnp.float32) + params["bias"] - 1) ** 2) for leaf in activations.values())
+
+    def gradients(self, params, packed):
+        return jax.grad(self.loss)(params, packed)
+
+    def step_with(self, change, gradients=None):
+        """A step whose gradients are changed."""
+
+        def step(params, *batches):
+            updates, _ = self.optimizer.update(
+                change((gradients or self.gradients)(params, *batches)), self.state, params
+            )
+            return apply_updates_for_sc_model(params, updates)
+
+        return step
+
+    def unchanged(self, params):
+        jax.tree.map(np.testing.assert_array_equal, self.before, self.tables(params))
+
+    def check_found_in_jit(self, after, message, kept=True):
+        """The parameters after a jitted step that went wrong: tables kept, NaN inside jit, and an error outside it."""
+        if kept:
+            self.unchanged(after)
+        look_up = jax.jit(lambda params, packed: self.layer.apply({"params": params["embed"]}, packed))
+        assert all(np.isnan(leaf).all() for leaf in look_up(after, self.batch(0)).values())
+        # Later right steps change nothing.
+        jax.tree.map(
+            np.testing.assert_array_equal, self.tables(after), self.tables(self.right(after, self.batch(0)))
+        )
+        bound = {"params": after["embed"]}
+        calls = [
+            lambda: self.layer.apply(bound, self.batch(0)),
+            lambda: self.layer.apply(bound, "t", [1], method="rows"),
+            lambda: self.layer.apply(bound, {}, self.batch(0), method="apply_gradient"),
+            lambda: self.right_outside_jit(after),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match=message) as raised:
+                call()
+            assert ("left as they are" in str(raised.value)) == kept
+            assert ("Restore the parameters" in str(raised.value)) == (not kept)
+        if kept:  # And it can go on.
+            cleared = {**after, "embed": self.layer.load(after["embed"], {}), "bias": self.params["bias"]}
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                self.tables(self.right(cleared, self.batch(3))),
+                self.tables(self.right(self.params, self.batch(3))),
+            )
+
+    def right_outside_jit(self, params):
+        return apply_updates_for_sc_model(params, jax.tree.map(jnp.zeros_like, params))
+
+
+def microbatch_mean(setting, params, *batches):
+    each = [setting.gradients(params, batch) for batch in batches]
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each)
+
+
+def microbatch_mean_in_scan(setting, params, *batches):
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
+    def add(total, packed):
+        return jax.tree.map(jnp.add, total, setting.gradients(params, packed)), None
+
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), stacked)
+    return jax.tree.map(lambda leaf: leaf / len(batches), total)
+
+
+def with_loss(extra, setting, params, packed, *_):
+    return jax.grad(lambda params: setting.loss(params, packed) + extra(setting, params))(params)
+
+
+def tied(setting, params):
+    table = setting.box(params).value["t"].table
+    return jnp.mean((jnp.ones(DIM) @ table.T.astype(jnp.float32)) ** 2)
+
+
+def of_rows(rows, setting, params):
+    return 0.01 * jnp.sum(setting.box(params).value["t"].table[rows] ** 2)
+
+
+def of_all_parameters(setting, params):
+    return 1e-4 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+
+def scaled(factor, setting, params, packed, *_):
+    return jax.tree.map(lambda leaf: leaf * factor, setting.gradients(params, packed))
+
+
+def clipped(setting, params, packed, *_):
+    clip = optax.clip_by_global_norm(1.0)
+    return clip.update(setting.gradients(params, packed), clip.init(params))[0]
+
+
+def decayed(setting, params, packed, *_):
+    decay = optax.add_decayed_weights(1e-3)
+    return decay.update(setting.gradients(params, packed), decay.init(params), params)[0]
+
+
+def twice_in_nested_jit(setting, params, packed, *_):
+    loss = jax.jit(setting.loss)
+    return jax.grad(lambda params: loss(params, packed) * loss(params, packed))(params)
+
+
+RECIPES = {
+    "mean of microbatches": (microbatch_mean, "scaled or averaged"),
+    "mean of microbatches in scan": (microbatch_mean_in_scan, "scaled or averaged"),
+    "tied output layer": (functools.partial(with_loss, tied), "A dense gradient was added"),
+    "L2 on all rows": (functools.partial(with_loss, functools.partial(of_rows, slice(None))), "A dense gradient"),
+    "L2 on one row": (functools.partial(with_loss, functools.partial(of_rows, slice(63, 64))), "A dense gradient"),
+    "L2 on all parameters": (functools.partial(with_loss, of_all_parameters), "stepped the tables|A dense gradient|scaled"),
+    "scale": (functools.partial(scaled, 1 / 3), "scaled or averaged"),
+    "scale by a power of 2": (functools.partial(scaled, 4.0), r"looked up 4 times.*or their gradient was multiplied by 4"),
+    "negative scale": (functools.partial(scaled, -1.0), "scaled or averaged"),
+    "clip by global norm": (clipped, "scaled or averaged"),
+    "weight decay": (decayed, "An optimizer stepped the tables"),
+    "two lookups": (twice_in_nested_jit, "looked up 2 times in one differentiated step"),
+}
+
+
+@SLOW
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_that_touches_gradients_is_found(recipe, devices):
+    setting = Setting(devices)
+    gradients, message = RECIPES[recipe]
+    gradients = functools.partial(gradients, setting)
+    batches = [setting.batch(seed) for seed in range(4)]
+    step = setting.step_with(lambda gradients: gradients, gradients)
+    setting.check_found_in_jit(jax.jit(step)(setting.params, *batches), message)
+    # Outside jit it is an error at once; also if the gradients come from a jitted function.
+    with pytest.raises(ValueError, match=message):
+        step(setting.params, *batches)
+    with pytest.raises(ValueError, match=message):
+        setting.step_with(jax.jit(lambda gradients: gradients), jax.jit(gradients))(setting.params, *batches)
+    setting.unchanged(setting.params)
