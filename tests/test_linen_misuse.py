@@ -89,9 +89,7 @@ class Setting:
         look_up = jax.jit(lambda params, packed: self.layer.apply({"params": params["embed"]}, packed))
         assert all(np.isnan(leaf).all() for leaf in look_up(after, self.batch(0)).values())
         # Later right steps change nothing.
-        jax.tree.map(
-            np.testing.assert_array_equal, self.tables(after), self.tables(self.right(after, self.batch(0)))
-        )
+        jax.tree.map(np.testing.assert_array_equal, self.tables(after), self.tables(self.right(after, self.batch(0))))
         bound = {"params": after["embed"]}
         calls = [
             lambda: self.layer.apply(bound, self.batch(0)),
@@ -172,10 +170,16 @@ RECIPES = {
     "mean of microbatches in scan": (microbatch_mean_in_scan, "scaled or averaged"),
     "tied output layer": (functools.partial(with_loss, tied), "A dense gradient was added"),
     "L2 on all rows": (functools.partial(with_loss, functools.partial(of_rows, slice(None))), "A dense gradient"),
-    "L2 on one row": (functools.partial(with_loss, functools.partial(of_rows, slice(63, 64))), "A dense gradient"),
-    "L2 on all parameters": (functools.partial(with_loss, of_all_parameters), "stepped the tables|A dense gradient|scaled"),
+    "L2 on one row": (functools.partial(with_loss, functools.partial(of_rows, slice(0, 1))), "A dense gradient"),
+    "L2 on all parameters": (
+        functools.partial(with_loss, of_all_parameters),
+        "stepped the tables|A dense gradient|scaled",
+    ),
     "scale": (functools.partial(scaled, 1 / 3), "scaled or averaged"),
-    "scale by a power of 2": (functools.partial(scaled, 4.0), r"looked up 4 times.*or their gradient was multiplied by 4"),
+    "scale by a power of 2": (
+        functools.partial(scaled, 4.0),
+        r"looked up 4 times.*or their gradient was multiplied by 4",
+    ),
     "negative scale": (functools.partial(scaled, -1.0), "scaled or averaged"),
     "clip by global norm": (clipped, "scaled or averaged"),
     "weight decay": (decayed, "An optimizer stepped the tables"),
@@ -184,18 +188,25 @@ RECIPES = {
 
 
 @SLOW
-@pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "devices"),
+    [*((recipe, 1) for recipe in RECIPES), ("mean of microbatches in scan", 4), ("L2 on one row", 4), ("scale", 2)],
+)
 def test_a_recipe_that_touches_gradients_is_found(recipe, devices):
     setting = Setting(devices)
     gradients, message = RECIPES[recipe]
     gradients = functools.partial(gradients, setting)
     batches = [setting.batch(seed) for seed in range(4)]
     step = setting.step_with(lambda gradients: gradients, gradients)
-    setting.check_found_in_jit(jax.jit(step)(setting.params, *batches), message)
+    if recipe == "mean of microbatches":  # The trace shows that these are several lookups.
+        with pytest.raises(ValueError, match="Stack 't' is looked up twice in one differentiated step"):
+            jax.jit(step)(setting.params, *batches)
+    else:
+        setting.check_found_in_jit(jax.jit(step)(setting.params, *batches), message)
     # Outside jit it is an error at once; also if the gradients come from a jitted function.
     with pytest.raises(ValueError, match=message):
         step(setting.params, *batches)
-    with pytest.raises(ValueError, match=message):
-        setting.step_with(jax.jit(lambda gradients: gradients), jax.jit(gradients))(setting.params, *batches)
+    if recipe != "mean of microbatches":
+        with pytest.raises(ValueError, match=message):
+            setting.step_with(lambda gradients: gradients, jax.jit(gradients))(setting.params, *batches)
     setting.unchanged(setting.params)

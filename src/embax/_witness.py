@@ -70,16 +70,17 @@ _LOST = (
 )
 _TEXTS = {
     Misuse.SEVERAL: "The tables were looked up {count:g} times in one differentiated step, or their gradient was multiplied by "
-    "{count:g}. The backward pass of a lookup returns the new tables, and several new tables cannot be added. Look all batches up "
-    "in one call, as features that share the table or as one larger batch. " + _FUNCTIONAL,
-    Misuse.SCALED: "The gradient of the tables was scaled or averaged (one lookup counts as {count:g}): by clipping, by the scale "
-    "of a loss, or by the mean over microbatches or devices. The backward pass of a lookup returns the new tables, not a "
+    "{count:g}. The backward pass of a lookup returns the new tables, and several new tables cannot be added. Look all batches "
+    "up in one call, as features that share the table or as one larger batch. " + _FUNCTIONAL,
+    Misuse.SCALED: "The gradient of the tables was scaled or averaged (one lookup counts as {count:g}): by clipping, by the "
+    "scale of a loss, or by the mean over microbatches or devices. The backward pass of a lookup returns the new tables, not a "
     "gradient. Change the gradients of the dense parameters only. " + _FUNCTIONAL,
     Misuse.DENSE: "The new tables are not those that the backward pass returned. A dense gradient was added to them: the loss "
     "also reads the tables themselves, as a tied output layer or a penalty on all parameters does. Read them under "
     "jax.lax.stop_gradient, or look the rows up as a second feature of the same table. " + _FUNCTIONAL,
     Misuse.ADDED: "The new tables were added to the old ones, by optax.apply_updates or by apply_gradients of a Flax TrainState.",
-    Misuse.STEPPED: "An optimizer stepped the tables as if the new tables were a gradient, or changed the parameters beside them.",
+    Misuse.STEPPED: "An optimizer stepped the tables as if the new tables were a gradient, or changed the parameters beside "
+    "them.",
 }
 
 
@@ -239,8 +240,8 @@ def settle(mesh: TableMesh | None, old: Any, new: Any, witness: Any, arrived: An
         return (new if once else old), witness
     warn_slow_path(
         "apply_updates_for_sc_model received other arrays than the backward pass returned for the tables, so this step compares "
-        "them by value and copies the tables. Call jax.grad of a loss whose lookup is in no jax.jit, jax.checkpoint or scan of its "
-        "own, and change the gradients of the dense parameters only. Ignore this for a step that looks nothing up."
+        "them by value and copies the tables. Call jax.grad of a loss whose lookup is in no jax.jit, jax.checkpoint or scan of "
+        "its own, and change the gradients of the dense parameters only. Ignore this for a step that looks nothing up."
     )
     marked = jnp.asarray(arrived).at[:, _MARK].set((misuse + 1).astype(arrived.dtype)).astype(witness.dtype)
     tables = jax.tree.map(lambda before, after: jnp.where(once, after, before), old, new)

@@ -350,8 +350,8 @@ def _witness_of(box: Any) -> Any:
     witness = box.witness if isinstance(box, WithSparseCoreLayout) else None
     if witness is not None and (witness.ndim != 2 or witness.shape[1] != WIDTH):
         raise ValueError(
-            f"The witness beside the tables has the shape {witness.shape}; it must be [devices, {WIDTH}]. Make the parameters with "
-            "layer.init, and put the tables into its box."
+            f"The witness beside the tables has the shape {witness.shape}; it must be [devices, {WIDTH}]. Make the parameters "
+            "with layer.init, and put the tables into its box."
         )
     return witness
 
