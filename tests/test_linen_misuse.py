@@ -210,3 +210,184 @@ def test_a_recipe_that_touches_gradients_is_found(recipe, devices):
         with pytest.raises(ValueError, match=message):
             setting.step_with(lambda gradients: gradients, jax.jit(gradients))(setting.params, *batches)
     setting.unchanged(setting.params)
+
+
+def a_chain(setting):
+    return optax.chain(optax.clip_by_global_norm(1.0), setting.optimizer)
+
+
+def multi_steps(setting):
+    return optax.MultiSteps(setting.optimizer, 2)
+
+
+@SLOW
+@pytest.mark.parametrize("transformation", [a_chain, multi_steps])
+def test_a_transformation_around_the_optimizer_is_found(transformation):
+    setting = Setting()
+    optimizer = transformation(setting)
+
+    @jax.jit
+    def step(params, state, packed):
+        updates, state = optimizer.update(setting.gradients(params, packed), state, params)
+        return apply_updates_for_sc_model(params, updates), state
+
+    params, state = setting.params, optimizer.init(setting.params)
+    params, state = step(params, state, setting.batch(0))
+    if transformation is multi_steps:  # The first step of two has only zeros as updates.
+        setting.unchanged(params)
+        setting.layer.apply({"params": params["embed"]}, setting.batch(0))
+        params, state = step(params, state, setting.batch(1))
+    setting.check_found_in_jit(params, "scaled or averaged")
+
+
+@SLOW
+def test_the_mean_over_devices_is_found():
+    setting = Setting()
+    mesh, batches = mesh_of(2), [setting.batch(seed) for seed in range(2)]
+    packed = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(jax.P(), jax.P("x")), out_specs=jax.P(), check_vma=False)
+    def step(params, packed):
+        def of_device(params, packed):
+            return jax.lax.pmean(setting.gradients(params, packed), "x")
+
+        return setting.step_with(lambda gradients: gradients, of_device)(params, jax.tree.map(lambda a: a[0], packed))
+
+    setting.check_found_in_jit(step(setting.params, packed), "scaled or averaged")
+
+
+@SLOW
+def test_a_scaled_loss_whose_gradients_are_divided_by_the_scale_is_found():
+    setting, scale = Setting(), 1024.0
+
+    def gradients(params, packed):
+        return jax.grad(lambda params: scale * setting.loss(params, packed))(params)
+
+    step = setting.step_with(lambda gradients: jax.tree.map(lambda leaf: leaf / scale, gradients), gradients)
+    setting.check_found_in_jit(jax.jit(step)(setting.params, setting.batch(0)), "scaled or averaged.*scale of a loss")
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda setting: setting.optimizer, "added to the old ones, by optax.apply_updates or by apply_gradients of a"),
+        (lambda setting: optax.adam(1e-6), "An optimizer stepped the tables.*create_optimizer_for_sc_model"),
+        (lambda setting: optax.adamw(1e-3), "An optimizer stepped the tables"),
+        (lambda setting: optax.sgd(1e-30), "An optimizer stepped the tables"),
+    ],
+    ids=["create_optimizer_for_sc_model", "adam", "adamw", "sgd"],
+)
+def test_a_train_state_is_found(make, message, jitted):
+    setting = Setting()
+    state = TrainState.create(apply_fn=None, params=setting.params, tx=make(setting))
+
+    def step(state, packed):
+        return state.apply_gradients(grads=setting.gradients(state.params, packed))
+
+    state = (jax.jit(step) if jitted else step)(state, setting.batch(0))
+    setting.check_found_in_jit(state.params, message, kept=False)
+
+
+def test_a_train_state_can_be_stepped_right():
+    setting = Setting()
+    state = TrainState.create(apply_fn=None, params=setting.params, tx=setting.optimizer)
+
+    @jax.jit
+    def step(state, packed):
+        updates, of_optimizer = state.tx.update(
+            setting.gradients(state.params, packed), state.opt_state, state.params
+        )
+        params = apply_updates_for_sc_model(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=of_optimizer)
+
+    wanted = setting.params
+    for seed in range(3):
+        state, wanted = step(state, setting.batch(seed)), setting.right(wanted, setting.batch(seed))
+    jax.tree.map(np.testing.assert_array_equal, state.params, wanted)
+
+
+@pytest.mark.parametrize("wrap", [lambda loss: loss, jax.jit, jax.checkpoint])
+def test_rows_are_not_differentiated(wrap):
+    setting = Setting()
+
+    def penalty(params):
+        rows = setting.layer.apply({"params": params["embed"]}, "t", jnp.arange(3), method="rows")
+        return jnp.sum(rows**2)
+
+    def of_property(params):
+        table = setting.layer.bind({"params": params["embed"]}).embedding_table["t"].table
+        return jnp.sum(table[:3] ** 2)
+
+    for loss in (penalty, of_property):
+        with pytest.raises(ValueError, match=r"jax.lax.stop_gradient\(params\).*second feature of the same table"):
+            jax.grad(wrap(loss))(setting.params)
+        with pytest.raises(ValueError, match=r"cannot be differentiated with respect to the tables"):
+            jax.jit(jax.value_and_grad(wrap(loss)))(setting.params)
+        constant = jax.jit(loss)(setting.params)
+        value, gradients = jax.value_and_grad(lambda params, loss=loss: wrap(loss)(jax.lax.stop_gradient(params)))(
+            setting.params
+        )
+        np.testing.assert_allclose(value, constant, rtol=1e-6)
+        assert not np.asarray(setting.box(gradients).value["t"].table).any()
+
+
+def adagrad_reference(table, accumulator, ids, gradient):
+    """Tables and accumulators after one step, in float64."""
+    rows, touched = oracle.row_gradients(len(table), [(ids, None, gradient)], "sum")
+    accumulator = np.where(touched[:, None], accumulator + rows**2, accumulator)
+    return np.where(touched[:, None], table - RATE * rows / np.sqrt(accumulator), table), accumulator
+
+
+def right_loops(setting):
+    """Ways to take steps that are right, by name: functions of parameters and two batches."""
+
+    def step(params, packed):
+        return setting.step_with(lambda gradients: gradients)(params, packed)
+
+    def nested(params, packed, wrap=jax.jit):
+        def gradients(params, packed):
+            return jax.grad(wrap(setting.loss))(params, packed)
+
+        return setting.step_with(lambda gradients: gradients, gradients)(params, packed)
+
+    def scan(params, *batches):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+        return jax.lax.scan(lambda params, packed: (step(params, packed), None), params, stacked)[0]
+
+    def both(function):
+        return lambda params, *batches: functools.reduce(function, batches, params)
+
+    two_jits = setting.step_with(lambda gradients: gradients, jax.jit(setting.gradients))
+    return {
+        "jit": both(jax.jit(step)),
+        "no jit": both(step),
+        "gradients from a jitted function": both(two_jits),
+        "scan": jax.jit(scan),
+        "jit in jit": both(jax.jit(nested)),
+        "gradients from jit in jit": both(jax.jit(two_jits)),
+        "checkpoint": both(jax.jit(functools.partial(nested, wrap=jax.checkpoint))),
+        "identity": both(jax.jit(setting.step_with(functools.partial(jax.tree.map, lambda leaf: leaf * 1.0)))),
+    }
+
+
+@SLOW
+@pytest.mark.parametrize("loop", range(8))
+def test_right_steps_train_like_a_dense_reference(loop):
+    setting = Setting()
+    name, take = list(right_loops(setting).items())[loop]
+    batches = [setting.batch(seed) for seed in range(2)]
+    got = take(setting.params, *batches)
+    table, accumulator = oracle.tables_of(setting.before, setting.layer.placed_specs)["t"]
+    bias = np.asarray(setting.params["bias"], np.float64)
+    for seed in range(2):
+        ids = setting.ids(seed)["t"]
+        gradient = 2 * (oracle.lookup(table, ids, "sum") + bias - 1) / (BATCH * DIM)
+        table, accumulator = adagrad_reference(table, accumulator, ids, gradient)
+        bias = bias - RATE * gradient.sum(0)
+    found = oracle.tables_of(setting.tables(got), setting.layer.placed_specs)["t"]
+    np.testing.assert_allclose(found[0], table, rtol=1e-4, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(found[1], accumulator, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got["bias"], bias, rtol=1e-4, atol=1e-5)
+    setting.layer.apply({"params": got["embed"]}, batches[0])  # Nothing is found.
