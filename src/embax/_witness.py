@@ -109,26 +109,40 @@ def witness_cotangent(witness: jax.Array, mesh: TableMesh | None, new: Any, all_
         new: the new tables and slots.
         all_frozen: whether the lookup updates no table. Several such lookups are allowed.
     """
-    zeros = jnp.full_like(witness, 0.0)
     if all_frozen:
-        return zeros.at[:, _FROZEN].set(1.0)
+        return jnp.full_like(witness, 0.0).at[:, _FROZEN].set(1.0)
     digits = _digits(mesh, new).astype(witness.dtype)
-    ones = jnp.ones_like(digits[:, :1])
-    return zeros + jnp.concatenate([0 * ones, ones, 0 * ones, digits, digits * digits], axis=1)
+    one, zero = jnp.ones_like(digits[:, :1]), jnp.zeros_like(digits[:, :1])
+    return jnp.concatenate([zero, one, zero, digits, digits * digits], axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _digits(mesh: TableMesh | None, tables: Any) -> jax.Array:
-    """float32[devices, 8]: the digits of the checksum of each device's part of the tables and slots."""
+def _digits(mesh: TableMesh | None, tables: Any, counts: jax.Array | None = None) -> jax.Array:
+    """float32[devices, 8]: the digits of the checksum of each device's part of the tables and slots.
 
-    def on_device(leaves):
+    Args:
+        mesh: the mesh of the tables, or None.
+        tables: tables and slots.
+        counts: [devices], lookups. Where there was none, only a sample of rows is read, and the digits are 15 unless it is 0.
+    """
+
+    def of_all(leaves):
         total = sum((_checksum(leaf, number) for number, leaf in enumerate(leaves)), jnp.uint32(0))
         shifts = 4 * jnp.arange(8, dtype=jnp.uint32)
-        return ((total >> shifts) & jnp.uint32(15)).astype(jnp.float32)[None]
+        return ((total >> shifts) & jnp.uint32(15)).astype(jnp.float32)
+
+    def of_sample(leaves):
+        found = [jnp.any(leaf[:: max(1, leaf.shape[0] // 64)] != 0) for leaf in leaves]
+        return jnp.full(8, 15.0) * functools.reduce(jnp.logical_or, found).astype(jnp.float32)
+
+    def on_device(leaves, counts):
+        # The tables of a step without a lookup are constants, whose checksum XLA would take long to compile.
+        digits = of_all(leaves) if counts is None else jax.lax.cond(counts[0] == 0, of_sample, of_all, leaves)
+        return digits[None]
 
     leaves = jax.tree.leaves(tables)
     spec = None if mesh is None else mesh.leading
-    return on_devices(mesh, on_device, (spec,), spec)(leaves)
+    return on_devices(mesh, on_device, (spec, spec), spec)(leaves, counts)
 
 
 def _checksum(array: jax.Array, number: int) -> jax.Array:
@@ -139,12 +153,24 @@ def _checksum(array: jax.Array, number: int) -> jax.Array:
         position = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
         weights = (weights ^ position) * jnp.uint32(factor)
     # A zero may have lost its sign on the way, by the addition of a gradient that is 0.
-    return jnp.sum(jnp.where(array == 0, jnp.uint32(0), bits) * (weights | jnp.uint32(1)), dtype=jnp.uint32)
+    weighted = jnp.where(array == 0, jnp.uint32(0), bits) * (weights | jnp.uint32(1))
+    # Row by row, because XLA for CPU stores the operand of one large sum.
+    by_row = jnp.sum(weighted, axis=tuple(range(1, array.ndim)), dtype=jnp.uint32)
+    return jnp.sum(by_row, dtype=jnp.uint32)
+
+
+def _same(one: jax.Array, other: jax.Array) -> jax.Array:
+    """bool[devices]: whether two arrays [devices, columns] have the same bits. If both are one value, XLA knows the answer."""
+
+    def bits(array):
+        return jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+
+    return jnp.all(bits(one) == bits(other), axis=1)
 
 
 def _sound(witness: jax.Array) -> jax.Array:
-    digits, squares = witness[:, _DIGITS], witness[:, _SQUARES]
-    return jnp.all((squares == digits * digits) & (digits == jnp.round(digits)), axis=1)
+    digits = witness[:, _DIGITS]
+    return _same(witness[:, _SQUARES], digits * digits)
 
 
 def _what_was_done(witness: jax.Array) -> jax.Array:
@@ -167,7 +193,7 @@ def _judge_arrived(witness: jax.Array, digits: jax.Array) -> tuple[jax.Array, ja
         bool: whether they are the new tables of one lookup. int32: the misuse, 0 for none.
     """
     count, unmarked = witness[:, _COUNT], witness[:, _MARK] == 0
-    sound = unmarked & _sound(witness) & jnp.all(witness[:, _DIGITS] == digits.astype(witness.dtype), axis=1)
+    sound = unmarked & _sound(witness) & _same(witness[:, _DIGITS], digits.astype(witness.dtype))
     # Of no lookup the gradient is 0, of the tables too; frozen tables stay, whatever arrives.
     nothing = (count == 0) & (sound | unmarked & (witness[:, _FROZEN] > 0))
     once = jnp.all((count == 1) & sound)
@@ -233,7 +259,7 @@ def settle(mesh: TableMesh | None, old: Any, new: Any, witness: Any, arrived: An
     refuse_misused(witness)
     if all(map(is_returned, jax.tree.leaves(new))):
         return new, witness
-    once, misuse = _judge_arrived(arrived, _digits(mesh, new))
+    once, misuse = _judge_arrived(arrived, _digits(mesh, new, arrived[:, _COUNT]))
     if not isinstance(misuse, Tracer):
         if misuse:
             _raise(int(misuse), arrived, tables_kept=True)
