@@ -21,6 +21,7 @@ from embax._mesh import TableMesh, on_devices
 from embax._ops.row_update import RowLimits
 from embax._preprocess.buffers import PreprocessedInput
 from embax._stacking.plan import Plan
+from embax._witness import WIDTH, is_returned, judge_stored, note_returned, witness_cotangent
 
 # Traced tables whose lookup was differentiated, by `id`, for as long as they live.
 _differentiated: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
@@ -113,13 +114,42 @@ def lookup_and_update(
     Args:
         settings: static.
         variables: table and slots of each stack; their cotangent is the new table and slots, of frozen stacks the old.
-        lookups: float32 array of any shape; its cotangent is 1, so that a sum of several cotangents, or none, can be told. It
-            is 0 where all stacks are frozen.
+        lookups: a witness of the tables, see `_witness`; or a float32 scalar, whose cotangent is 1, or 0 if all stacks are
+            frozen. If the witness shows a misuse of an earlier step, the backward pass updates nothing.
         packed: the packed batch; its gains are differentiable.
         step: for schedules and for optimizers that need it.
     """
     del lookups, step
-    return _lookup(settings, variables, packed)[0]
+    return _lookup(settings, _in_float32(variables), packed)[0]
+
+
+def is_differentiated(table: Any) -> bool:
+    """Whether a lookup of this traced table was differentiated in this trace."""
+    return _differentiated.get(id(table)) is table
+
+
+def unchanged(old: Any, new: Any) -> Any:
+    """The new table or slot, which no witness is beside.
+
+    Raises:
+        ValueError: a lookup of the old array was differentiated in this trace, and its backward pass did not return the new one.
+    """
+    if is_differentiated(old) and not is_returned(new):
+        raise ValueError(
+            "The new tables are not those that the backward pass returned. What differentiation returns for tables is their new "
+            "value, not a gradient: it cannot be scaled, clipped, averaged or cast, and the loss cannot read the tables "
+            "themselves, as a tied output layer or a penalty on all parameters does. Look all batches up in one call, change the "
+            "gradients of the dense parameters only, and read tables under jax.lax.stop_gradient. To change gradients of tables, "
+            "use embax.lookup, embax.sparse_gradients and embax.apply_sparse_gradients."
+        )
+    return new
+
+
+def _in_float32(variables: dict[str, Any]) -> dict[str, Any]:
+    def cast(array):
+        return array.astype(jnp.float32) if array.dtype in (jnp.bfloat16, jnp.float16) else array
+
+    return jax.tree.map(cast, variables)
 
 
 def _forward(settings, variables, lookups, packed, step):
@@ -128,7 +158,7 @@ def _forward(settings, variables, lookups, packed, step):
     variables, lookups, packed, step = jax.tree.map(lambda leaf: leaf.value, (variables, lookups, packed, step))
     if updates:
         note_differentiated({stack.name: variables[stack.name] for stack in settings.plan.stacks}, settings.frozen)
-    features, looked_up = _lookup(settings, variables, packed)
+    features, looked_up = _lookup(settings, _in_float32(variables), packed)
     return features, (variables, lookups, packed, step, looked_up, _flag(updates), _flag(of_gains))
 
 
@@ -203,13 +233,28 @@ def update_of(
 def _backward(settings, residuals, gradients):
     variables, lookups, packed, step, looked_up, updates, of_gains = residuals
     gradients = list(map(_instantiated, gradients))
-    new, of_packed, after = None, None, looked_up
+    new, of_lookups, of_packed, after, in_float32 = None, None, None, looked_up, _in_float32(variables)
     if of_gains is not None:
-        gains, after = _gain_gradients(settings, gradients, packed, variables, looked_up)
+        gains, after = _gain_gradients(settings, gradients, packed, in_float32, looked_up)
         of_packed = jax.tree.map(lambda _: None, packed).replace(gains=gains)
     if updates is not None:
-        new = update_of(settings, gradients, packed, variables, step, after)
-    return new, jnp.full_like(lookups, 0.0 if settings.all_frozen else 1.0), of_packed, None
+        witnessed = lookups.shape[-1:] == (WIDTH,)
+        if witnessed:
+            misused = judge_stored(lookups) > 0
+            packed = packed.replace(row_pointers=jnp.where(misused, jnp.int32(0), jnp.asarray(packed.row_pointers)))
+        updated = update_of(settings, gradients, packed, in_float32, step, after)
+        new = {
+            name: state
+            if name in settings.frozen
+            else jax.tree.map(lambda array, before: array.astype(before.dtype), updated[name], state)
+            for name, state in variables.items()
+        }
+        note_returned(new)
+        if witnessed:
+            of_lookups = witness_cotangent(lookups, settings.mesh, new, settings.all_frozen)
+        else:
+            of_lookups = jnp.full_like(lookups, 0.0 if settings.all_frozen else 1.0)
+    return new, of_lookups, of_packed, None
 
 
 lookup_and_update.defvjp(_forward, _backward, symbolic_zeros=True)

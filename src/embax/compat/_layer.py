@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from embax._lookup_vjp import note_differentiated
 from embax._mesh import TableMesh, on_devices
+from embax._witness import note_returned
 from embax.compat import _matmul
 from embax.compat.sparsecore.lib.nn import embedding
 from embax.compat.sparsecore.utils import utils
@@ -181,7 +182,10 @@ def _forward(layer, variables, inputs, step):
 
 def _backward(layer, residuals, gradients):
     variables, inputs, step, stacked = residuals
-    return layer.update(gradients, inputs, variables, step, stacked), None, None
+    new = layer.update(gradients, inputs, variables, step, stacked)
+    new = jax.tree.map(lambda array, before: array.astype(before.dtype), new, variables)
+    note_returned(new)
+    return new, None, None
 
 
 lookup_and_update.defvjp(_forward, _backward)

@@ -20,7 +20,7 @@ EMBEDDING_PARAM_NAME = "sc_embedding_variables"
 
 
 class WithSparseCoreLayout(nn.Partitioned):
-    """The box around tables and slots: their sharding, and how often their last step looked them up.
+    """The box around tables and slots: their sharding, and a witness of what steps did to them.
 
     What differentiation returns for the tables in it is no gradient: it is their new value, if there was one lookup.
 
@@ -28,11 +28,12 @@ class WithSparseCoreLayout(nn.Partitioned):
         value: `EmbeddingVariables` of each stack by name.
         names: mesh axes of the dimensions of tables, `(axis, None)`; () without a mesh.
         mesh: the mesh, or None.
-        lookups: float32[devices, 1]; its "gradient" counts the lookups.
+        witness: float32[devices, 19]: shows what was done to the tables; see `apply_updates_for_sc_model`. None means that
+            nothing is checked.
         optimizers: name and optimizer of each stack; they decide the format of tables on TPUs.
     """
 
-    lookups: Any = None
+    witness: Any = None
     optimizers: tuple[tuple[str, OptimizerSpec], ...] = struct.field(default=(), pytree_node=False)
 
     def unbox(self, apply_constraint: bool = True) -> Any:
@@ -40,10 +41,18 @@ class WithSparseCoreLayout(nn.Partitioned):
         del apply_constraint  # They are sharded when they are made, and stay so.
         return self.value
 
+    def _over(self, mesh: jax.sharding.Mesh) -> TableMesh | None:
+        axes = self.names[0] if self.names else None
+        return None if axes is None else TableMesh(mesh, (axes,) if isinstance(axes, str) else tuple(axes))
+
+    @property
+    def table_mesh(self) -> TableMesh | None:
+        """The mesh and the axes of it that the tables are sharded over."""
+        return None if self.mesh is None else self._over(self.mesh)
+
     def get_sharding(self, mesh: jax.sharding.Mesh) -> Any:
         """A box like this one that holds the sharding of every array; on TPUs the format of tables, see `embax.table_format`."""
-        axes = self.names[0] if self.names else None
-        over = None if axes is None else TableMesh(mesh, (axes,) if isinstance(axes, str) else tuple(axes))
+        over = self._over(mesh)
 
         def of_array(array, optimizer=None):
             sharding = replicated(mesh, array.ndim) if over is None else over.sharding(array.ndim)
@@ -54,4 +63,4 @@ class WithSparseCoreLayout(nn.Partitioned):
             name: jax.tree.map(functools.partial(of_array, optimizer=optimizers.get(name)), stack)
             for name, stack in self.value.items()
         }
-        return self.replace(value=value, lookups=None if self.lookups is None else of_array(self.lookups))
+        return self.replace(value=value, witness=None if self.witness is None else of_array(self.witness))

@@ -6,20 +6,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 try:
     from flax import linen as nn
 except ImportError as error:
     raise ImportError("embax.linen needs Flax and optax: pip install 'embax[flax]'") from error
 
-from embax._layer import Shell, float32_variables, known_lookups, refuse_several
-from embax._lookup_vjp import update_of
+from embax._layer import Shell, float32_variables
+from embax._lookup_vjp import lookup_and_update, update_of
 from embax._matmul import flatten_like
 from embax._preprocess.all_reduce import AllReduceInterface
 from embax._preprocess.buffers import PreprocessedInput
 from embax._rows import load_tables, read_rows, write_rows
 from embax._specs import FeatureSpec
 from embax._variables import EmbeddingVariables
+from embax._witness import WIDTH, judge_stored, refuse_misused, stored_witness
 from embax.linen._box import EMBEDDING_PARAM_NAME as EMBEDDING_PARAM_NAME
 from embax.linen._box import WithSparseCoreLayout as WithSparseCoreLayout
 from embax.linen.embed_optimizer import apply_updates_for_sc_model as apply_updates_for_sc_model
@@ -117,8 +119,13 @@ class SparseCoreEmbed(nn.Module):
 
     @property
     def embedding_table(self) -> dict[str, EmbeddingVariables]:
-        """`EmbeddingVariables` of each stack by name, of a bound module."""
-        return _unboxed(self._parameter())
+        """`EmbeddingVariables` of each stack by name, of a bound module.
+
+        Raises:
+            ValueError: this is differentiated with respect to the tables.
+        """
+        tables = _unboxed(self._parameter())
+        return _no_gradient(tables) if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tables)) else tables
 
     def setup(self) -> None:
         """Makes the parameter, where it is missing."""
@@ -128,10 +135,14 @@ class SparseCoreEmbed(nn.Module):
     def _init(self, key: jax.Array) -> WithSparseCoreLayout:
         shell = self._shell
         optimizers = tuple((stack.name, stack.optimizer) for stack in shell.plan.stacks)
-        lookups = jnp.zeros((self.num_shards, 1), jnp.float32)
         mesh = None if shell.mesh is None else shell.mesh.mesh
-        box = WithSparseCoreLayout(shell.init(key), tuple(self.embedding_table_partition), mesh, lookups, optimizers)
-        return box if mesh is None else box.replace(lookups=_placed(lookups, box.get_sharding(mesh).lookups))
+        partition = tuple(self.embedding_table_partition)
+        box = WithSparseCoreLayout(shell.init(key), partition, mesh, stored_witness(self.num_shards), optimizers)
+        return box.replace(witness=self._stored_witness(box))
+
+    def _stored_witness(self, box: WithSparseCoreLayout) -> jax.Array:
+        witness = stored_witness(self.num_shards)
+        return witness if box.mesh is None else _placed(witness, box.get_sharding(box.mesh).witness)
 
     def _parameter(self) -> Any:
         return self.get_variable("params", EMBEDDING_PARAM_NAME)
@@ -204,25 +215,32 @@ class SparseCoreEmbed(nn.Module):
             weights: with ids None, or weights of the same structure and shapes.
 
         Returns:
-            float32[batch, output_dim] of each feature, or of the layer's dtype, in the structure of the specs. NaN if the last
-            step looked the tables up more than once: the tables are then as they were before it.
+            float32[batch, output_dim] of each feature, or of the layer's dtype, in the structure of the specs. NaN inside jit
+            after a misuse of the tables, see `apply_updates_for_sc_model`; then the backward pass updates nothing.
 
         Raises:
-            ValueError: the batch was packed for other specs, an id or a weight is not valid, or a schedule needs `step`.
+            ValueError: the batch was packed for other specs, an id or a weight is not valid, or a schedule needs `step`. Outside
+                jit also: an earlier step misused the tables.
         """
-        box = self._parameter()
-        boxed = isinstance(box, WithSparseCoreLayout)
-        lookups: Any = box.lookups if boxed else jnp.zeros((1, 1), jnp.float32)
-        refuse_several(lookups)
-        activations, invalid_ids = self._shell.lookup(_unboxed(box), lookups, inputs, weights, step)
-        if invalid_ids is not None:
-            self.sow("intermediates", "invalid_ids", invalid_ids)
-        if boxed and known_lookups(lookups) == 0:
-            several = jnp.max(jax.lax.stop_gradient(lookups)) > 1
-            activations = jax.tree.map(
-                lambda array: jnp.where(several, jnp.array(jnp.nan, array.dtype), array), activations
-            )
-        return activations
+        shell, box = self._shell, self._parameter()
+        witness = _witness_of(box)
+        trusted = witness is None or refuse_misused(witness)
+        if not isinstance(inputs, PreprocessedInput):
+            inputs = shell.pack(inputs, weights)
+        elif weights is not None:
+            raise ValueError("SparseCoreEmbed: weights come with ids; a packed batch has them in it already.")
+        batch = inputs.replace(invalid_ids=None)
+        features: Any = lookup_and_update(
+            shell.settings, _unboxed(box), jnp.float32(0) if witness is None else witness, batch, step
+        )
+        if not trusted:
+            misused = judge_stored(jax.lax.stop_gradient(witness)) > 0
+            features = [jnp.where(misused, jnp.float32(jnp.nan), activations) for activations in features]
+        if shell.dtype is not None:
+            features = [activations.astype(shell.dtype) for activations in features]
+        if inputs.invalid_ids is not None:
+            self.sow("intermediates", "invalid_ids", inputs.invalid_ids)
+        return jax.tree.unflatten(shell.structure, features)
 
     def apply_gradient(self, gradients: Any, inputs: PreprocessedInput, step: Any = None) -> dict[str, Any]:
         """The tables and slots after one optimizer step, where gradients are there without the backward pass of this layer.
@@ -235,15 +253,25 @@ class SparseCoreEmbed(nn.Module):
 
         Returns:
             A dict of one item: the path of the parameter in the model, joined by "/", and what takes its place.
+
+        Raises:
+            ValueError: the gradients have another structure or shape. Outside jit also: an earlier step misused the tables.
         """
         shell, box = self._shell, self._parameter()
+        _refuse_misused(box)
         leaves = flatten_like(gradients, shell.structure, "gradients")
         new = update_of(shell.settings, leaves, inputs, float32_variables(_unboxed(box)), step)
         path = "/".join((*self.path, EMBEDDING_PARAM_NAME))
         return {path: box.replace(value=new) if isinstance(box, WithSparseCoreLayout) else new}
 
     def rows(self, table: str, ids: Any) -> jax.Array:
-        """Rows of a table by id, of a bound module: see `embax.read_rows`."""
+        """Rows of a table by id, of a bound module: see `embax.read_rows`.
+
+        Raises:
+            ValueError: the table or an id is not known, or this is differentiated with respect to the tables. Outside jit also:
+                an earlier step misused the tables.
+        """
+        _refuse_misused(self._parameter())
         return read_rows(self.embedding_table, table, ids, specs=self._shell.specs)
 
     def set_rows(self, params: Any, table: str, ids: Any, values: Any) -> Any:
@@ -260,13 +288,18 @@ class SparseCoreEmbed(nn.Module):
     def load(self, params: Any, tables: Mapping[str, Any]) -> Any:
         """The layer's parameters with given weights in the place of whole tables. The module need not be bound.
 
-        The tables of `params` are donated: use the result only, see `embax.load_tables`.
+        The tables of `params` are donated: use the result only, see `embax.load_tables`. The result is as after `init` for
+        the layer's checks: this clears what a misuse of the tables left, also if `tables` is empty.
 
         Args:
             params: the parameters of this layer, a dict that holds "sc_embedding_variables".
             tables: floating point array [vocabulary_size, embedding_dim] by the name of its table.
         """
-        return _with_tables(params, lambda old: load_tables(old, tables, specs=self._shell.specs))
+        new = _with_tables(params, lambda old: load_tables(old, tables, specs=self._shell.specs))
+        box = new[EMBEDDING_PARAM_NAME]
+        if _witness_of(box) is not None:
+            new[EMBEDDING_PARAM_NAME] = box.replace(witness=self._stored_witness(box))
+        return new
 
 
 class _Shared:
@@ -291,6 +324,41 @@ def _comparable(fields: dict[str, Any]) -> list[tuple[str, list[Any]]]:
 
 def _placed(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.jit(lambda array: array, out_shardings=sharding)(array)
+
+
+@jax.custom_jvp
+def _no_gradient(tables: Any) -> Any:
+    return tables
+
+
+@_no_gradient.defjvp
+def _refuse_gradient(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "SparseCoreEmbed: rows and embedding_table cannot be differentiated with respect to the tables, because what "
+        "differentiation returns for the tables is their new value, not a gradient. To read them as constants, bind the layer to "
+        "jax.lax.stop_gradient(params). To train them, look the rows up as a second feature of the same table, or use "
+        "embax.nnx.embed.SparseCoreEmbed."
+    )
+
+
+def _witness_of(box: Any) -> Any:
+    """The witness of a parameter, None if there is none.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    witness = box.witness if isinstance(box, WithSparseCoreLayout) else None
+    if witness is not None and (witness.ndim != 2 or witness.shape[1] != WIDTH):
+        raise ValueError(
+            f"The witness beside the tables has the shape {witness.shape}; it must be [devices, {WIDTH}]. Make the parameters "
+            "with layer.init, and put the tables into its box."
+        )
+    return witness
+
+
+def _refuse_misused(box: Any) -> None:
+    if (witness := _witness_of(box)) is not None:
+        refuse_misused(witness)
 
 
 def _unboxed(box: Any) -> Any:

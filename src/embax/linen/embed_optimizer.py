@@ -10,7 +10,8 @@ try:
 except ImportError as error:
     raise ImportError("embax.linen needs Flax and optax: pip install 'embax[flax]'") from error
 
-from embax._layer import chosen
+from embax._lookup_vjp import unchanged
+from embax._witness import settle
 from embax.linen._box import EMBEDDING_PARAM_NAME, WithSparseCoreLayout
 
 
@@ -62,12 +63,19 @@ def apply_updates_for_sc_model(params: Any, updates: Any) -> Any:
     """
 
     def apply(path, old, new):
-        if _is_box(old):
-            lookups = new.lookups
-            if old.mesh is not None and isinstance(lookups, Tracer):
-                # Sharded as it was, so that the next step does not compile again.
-                lookups = jax.jit(lambda array: array, out_shardings=old.get_sharding(old.mesh).lookups)(lookups)
-            return old.replace(value=chosen(new.lookups, new.value, old.value), lookups=lookups)
-        return new if _of_tables(path) else optax.apply_updates(old, new)
+        if _is_box(old) and old.witness is not None:
+            return _settled(old, new)
+        if _of_tables(path):
+            return jax.tree.map(unchanged, old, new)
+        return optax.apply_updates(old, new)
 
     return jax.tree_util.tree_map_with_path(apply, params, updates, is_leaf=_is_box)
+
+
+def _settled(old: WithSparseCoreLayout, new: WithSparseCoreLayout) -> WithSparseCoreLayout:
+    """The box after a step."""
+    value, witness = settle(old.table_mesh, old.value, new.value, old.witness, new.witness)
+    if old.mesh is not None and isinstance(witness, Tracer) and witness is not old.witness:
+        # Sharded as it was, so that the next step does not compile again.
+        witness = jax.jit(lambda array: array, out_shardings=old.get_sharding(old.mesh).witness)(witness)
+    return old.replace(value=value, witness=witness)

@@ -57,6 +57,11 @@ class SparseCoreEmbed(nn.Module):
 
     A step may call it once. Its optimizer is made by `create_optimizer_for_sc_model`.
 
+    The parameter has the leaves of the reference, and no witness beside the tables. `apply_updates_for_sc_model` refuses tables
+    that were scaled, averaged, clipped or added to, if it is in the trace that differentiated the lookup, as in a jitted step.
+    It does not see such changes outside jit, of gradients that a jitted function of its own, `jax.checkpoint` or a scan returned,
+    nor in parameters that another optimizer stepped. A step that differentiates no lookup sets the tables to 0.
+
     Args:
         feature_specs: the placed feature tree.
         sharding_axis: the axis of the mesh, or a tuple of axes, that tables and samples are sharded over.
@@ -153,8 +158,7 @@ class SparseCoreEmbed(nn.Module):
         Returns:
             float32[batch, output dim] of each feature, in the structure of the specs.
         """
-        variables = self._ensure_float32(self.embedding_table)
-        return lookup_and_update(self._layer, variables, embedding_lookup_inputs, step)
+        return lookup_and_update(self._layer, self.embedding_table, embedding_lookup_inputs, step)
 
     def _ensure_float32(self, table: Any) -> Any:
         return as_float32(table)

@@ -5,18 +5,31 @@ from typing import Any
 import jax
 
 try:
+    import optax
     from flax import nnx
 except ImportError as error:
     raise ImportError("The layers of embax.compat need Flax and optax: pip install 'embax[flax]'") from error
 
-from embax._lookup_vjp import note_differentiated
+from embax._lookup_vjp import note_differentiated, unchanged
+from embax._witness import note_returned
 from embax.compat._layer import Layer
 from embax.compat.sparsecore.lib.nn import embedding
 from embax.compat.sparsecore.utils import utils
-from embax.nnx import embed as _embed
-from embax.nnx.embed import EmbeddingVariablesParam as EmbeddingVariablesParam
-from embax.nnx.embed import is_embedding_variables as is_embedding_variables
-from embax.nnx.embed import is_non_embedding_variables as is_non_embedding_variables
+
+
+class EmbeddingVariablesParam(nnx.Param):
+    """Tables and slots of a `SparseCoreEmbed`. What differentiation returns for it is not a gradient: it is the new value."""
+
+
+def is_embedding_variables(path: Any, value: Any) -> bool:
+    """An NNX filter for the tables and slots of embedding layers."""
+    del path
+    return isinstance(value, EmbeddingVariablesParam)
+
+
+def is_non_embedding_variables(path: Any, value: Any) -> bool:
+    """An NNX filter for everything but the tables and slots of embedding layers."""
+    return not is_embedding_variables(path, value)
 
 
 def get_named_sharding(node: Any, mesh: jax.sharding.Mesh) -> nnx.StateSharding:
@@ -42,18 +55,40 @@ def get_named_sharding(node: Any, mesh: jax.sharding.Mesh) -> nnx.StateSharding:
     return nnx.StateSharding(nnx.map_state(of_variable, nnx.state(node)))
 
 
-class PartitionedOptimizer(_embed.PartitionedOptimizer):
+class PartitionedOptimizer(nnx.Optimizer):
     """Steps the dense parameters of a model with optax, and copies the tables that the backward pass has updated.
+
+    Refuses tables that were changed on the way, if the same trace differentiated their lookup. It does not see changes outside
+    jit, nor changes of what a jitted function of its own, `jax.checkpoint` or a scan returned.
 
     Args:
         model: a model that holds any number of `SparseCoreEmbed`.
         dense_optimizer: optax transformation of all other `nnx.Param`.
     """
 
+    def __init__(self, model: nnx.Module, dense_optimizer: optax.GradientTransformation):
+        super().__init__(model, dense_optimizer, wrt=nnx.All(nnx.Param, is_non_embedding_variables))
+
     def update(self, model: nnx.Module, grads: Any, /, **kwargs: Any) -> Any:
-        """Updates model and optimizer state from what `nnx.value_and_grad` returned, in place; see `embax.nnx`."""
-        nnx.update(model, nnx.state(grads, is_embedding_variables))
-        return super().update(model, grads, **kwargs)
+        """Updates model and optimizer state from what `nnx.value_and_grad` returned, in place.
+
+        Args:
+            model: the model that was differentiated.
+            grads: its gradients.
+            **kwargs: passed on to optax.
+
+        Returns:
+            The updates of the dense parameters.
+
+        Raises:
+            ValueError: the tables are not those that the backward pass returned.
+        """
+        tables, dense = nnx.split_state(grads, is_embedding_variables, ...)
+        old = dict(nnx.to_flat_state(nnx.state(model, is_embedding_variables)))
+        for path, new in nnx.to_flat_state(tables):
+            jax.tree.map(unchanged, old[path].get_value(), new.get_value())
+        nnx.update(model, tables)
+        return super().update(model, dense, **kwargs)
 
 
 class SparseCoreEmbed(nnx.Module):
@@ -185,7 +220,9 @@ def embedding_lookup_bwd(res: Any, g: Any) -> tuple[Any, Any, Any]:
     old = layer.embedding_table.get_value()
     new = layer._layer.update(gradients, inputs, old, step, *stacked)
     of_layer = jax.tree.map(lambda leaf: leaf, of_layer)
-    of_layer["embedding_table"].set_value(jax.tree.map(lambda array, before: array.astype(before.dtype), new, old))
+    new = jax.tree.map(lambda array, before: array.astype(before.dtype), new, old)
+    note_returned(new)
+    of_layer["embedding_table"].set_value(new)
     return of_layer, of_inputs, of_step
 
 
