@@ -2,14 +2,12 @@
 
 import functools
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
 import pytest
-from flax import linen as nn
 from flax.training.train_state import TrainState
 
 import embax
@@ -296,9 +294,7 @@ def test_a_train_state_can_be_stepped_right():
 
     @jax.jit
     def step(state, packed):
-        updates, of_optimizer = state.tx.update(
-            setting.gradients(state.params, packed), state.opt_state, state.params
-        )
+        updates, of_optimizer = state.tx.update(setting.gradients(state.params, packed), state.opt_state, state.params)
         params = apply_updates_for_sc_model(state.params, updates)
         return state.replace(step=state.step + 1, params=params, opt_state=of_optimizer)
 

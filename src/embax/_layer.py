@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from embax import _collected_gradients as collected_gradients
 from embax._checks import boolean
 from embax._lookup_vjp import LookupSettings, lookup_and_update
 from embax._matmul import checked_limits, feature_structure
@@ -18,8 +19,9 @@ from embax._preprocess.buffers import PreprocessedInput
 from embax._preprocess.coo import SparseCoo
 from embax._preprocess.inputs import Ragged
 from embax._preprocess.packer import Packer
-from embax._ref_lookup import LayerRefs, lookup_in_refs
+from embax._ref_lookup import LayerRefs, lookup_in_refs, rows_in_refs
 from embax._refs import is_ref, read
+from embax._rows import place_of_table, valid_ids
 from embax._stacking.plan import Plan, make_plan
 from embax._stacking.stack import copy_feature_specs, prepare_feature_specs_for_training
 from embax._variables import EmbeddingVariables, init_embedding_variables
@@ -283,12 +285,39 @@ class Shell:
         return self._activations(features), packed.invalid_ids
 
     def lookup_in_refs(
-        self, refs: LayerRefs, token: jax.Array, inputs: Any, weights: Any, step: Any, scale: Any
+        self, refs: LayerRefs, token: jax.Array, inputs: Any, weights: Any, step: Any, scale: Any, origin: Any
     ) -> tuple[Any, Any]:
-        """Activations and invalid ids as `lookup` returns them, from tables in refs; see `embax._ref_lookup`."""
+        """Activations and invalid ids as `lookup` returns them, from tables in refs; see `embax._ref_lookup`.
+
+        `origin` stands for the layer where gradients are collected.
+        """
         packed = self._packed(inputs, weights)
         batch = packed.replace(invalid_ids=None)
+        if collected_gradients.collecting() and not self.settings.all_frozen:
+            shapes, stored = collected_gradients.shapes_of(self.settings, batch)
+            features = collected_gradients.found_lookup(origin, stored, None, self.small, shapes)
+            if features is not None:
+                return self._activations(features), packed.invalid_ids
+            refs = refs._replace(bin=collected_gradients.next_bin())
         return self._activations(lookup_in_refs(self.settings, refs, token, batch, step, scale)), packed.invalid_ids
+
+    def rows_in_refs(
+        self, refs: LayerRefs, token: jax.Array, table: str, ids: Any, step: Any, scale: Any, origin: Any
+    ) -> jax.Array:
+        """float32[*ids.shape, embedding_dim], rows of a table; arguments as for `lookup_in_refs`."""
+        _, stack, planned = place_of_table(table, self.specs)
+        rows = valid_ids(ids, table, planned.vocabulary_size)
+        if collected_gradients.collecting() and stack.name not in self.settings.frozen:
+            result = jax.ShapeDtypeStruct((*rows.shape, planned.embedding_dim), jnp.float32)
+            stored = (
+                jax.ShapeDtypeStruct((rows.size,), jnp.int32),
+                jax.ShapeDtypeStruct((rows.size, stack.shape[1]), jnp.float32),
+            )
+            values = collected_gradients.found_lookup(origin, stored, stack.name, self.small, result)
+            if values is not None:
+                return values
+            refs = refs._replace(bin=collected_gradients.next_bin())
+        return rows_in_refs(self.settings, stack, planned, refs, token, rows, step, scale)
 
     def _packed(self, inputs: Any, weights: Any) -> PreprocessedInput:
         if not isinstance(inputs, PreprocessedInput):

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from embax._checks import boolean, is_finite_number
-from embax._ops.across_devices import gain_gradients_across, lookup_across, update_across
+from embax._ops.across_devices import gain_gradients_across, gradients_across, lookup_across, update_across
 from embax._ops.geometry import axis_of, inside_shard_map, make_geometry
 from embax._ops.row_update import NO_LIMITS, RowLimits
 from embax._ops.unstack import join_features
@@ -102,12 +102,12 @@ def check_variables(variables: Mapping[str, Any], plan: Plan, without_slots: Col
                     f"Stack {stack.name!r} has as {what} an array {dtype}{list(shape)}; {type(stack.optimizer).__name__} needs "
                     f"float32{list(wanted)}. Make it with embax.init_embedding_variables from these specs."
                 )
-            if plan.num_devices == 1 and not isinstance(array, Tracer | np.ndarray):
-                if not array.sharding.is_fully_replicated:
-                    raise ValueError(
-                        f"Stack {stack.name!r} has an array spread over {len(array.sharding.device_set)} devices; its specs "
-                        "were placed for one. Put it on one device with jax.device_put, or place the specs for as many devices."
-                    )
+            one_device = isinstance(array, Tracer | np.ndarray) or array.sharding.is_fully_replicated
+            if plan.num_devices == 1 and not one_device:
+                raise ValueError(
+                    f"Stack {stack.name!r} has an array spread over {len(array.sharding.device_set)} devices; its specs were "
+                    "placed for one. Put it on one device with jax.device_put, or place the specs for as many devices."
+                )
 
 
 def check_activations(what: str, feature: FeaturePlan, batch: int, array: Any) -> None:
@@ -228,6 +228,21 @@ def _by_stack(
             parts.append(gradients[feature.leaf].astype(jnp.float32))
         by_stack.append(parts)
     return by_stack
+
+
+def gradients_of_stacks(
+    gradients: Sequence[jax.Array],
+    packed: PreprocessedInput,
+    plan: Plan,
+    axis_name: Any = None,
+    after: Sequence[jax.Array] = (),
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Distinct rows of each stack on this device, and their gradients; see `embax.sparse_gradients`."""
+    geometry = make_geometry(plan, packed)
+    stacked = stacked_gradients(gradients, packed, plan, range(len(plan.stacks)))
+    num_rows = [stack.shape[0] // plan.num_devices for stack in plan.stacks]
+    found = gradients_across(packed, stacked, num_rows, after, geometry, axis_of(plan, axis_name))
+    return dict(zip([stack.name for stack in plan.stacks], found, strict=True))
 
 
 def ordered_after(activations: Any, packed: PreprocessedInput, plan: Plan, structure: PyTreeDef) -> list[jax.Array]:

@@ -133,21 +133,29 @@ def _update(
     gradients = _unscaled(gradients, scale)
     after = [read(refs.order)] * len(settings.plan.stacks)
     new = update_of(settings, gradients, packed, read(refs.variables), step, after)
-    _finish(settings, refs, new, step, [gradients[leaf] for leaf in settings.updated_leaves])
+    finish_step(settings, refs, new, step, _finite(settings, [gradients[leaf] for leaf in settings.updated_leaves]))
 
 
-def _finish(settings: LookupSettings, refs: LayerRefs, new: Any, step: Any, gradients: list[jax.Array]) -> None:
-    """Stores new variables and the number of the next step. A skipped step is not counted."""
+def finish_step(settings: LookupSettings, refs: LayerRefs, new: Any, step: Any, finite: jax.Array | None) -> None:
+    """Stores new variables of some stacks, and the number of the next step.
+
+    Args:
+        settings: static.
+        refs: of the layer.
+        new: `EmbeddingVariables` by the name of a stack.
+        step: the number of this step.
+        finite: None, or a bool: a step that was skipped since it is False is not counted.
+    """
     for name, state in new.items():
         if name not in settings.frozen:
             write(refs.variables[name], state)
     next_step = jnp.full(refs.step.shape, jnp.asarray(step).astype(jnp.int32) + 1)
-    if settings.skip_nonfinite:
-        next_step = jnp.where(_finite(settings, gradients), next_step, read(refs.step))
-    write(refs.step, next_step)
+    write(refs.step, next_step if finite is None else jnp.where(finite, next_step, read(refs.step)))
 
 
-def _finite(settings: LookupSettings, gradients: list[jax.Array]) -> jax.Array:
+def _finite(settings: LookupSettings, gradients: list[jax.Array]) -> jax.Array | None:
+    if not settings.skip_nonfinite:
+        return None
     spec = None if settings.mesh is None else settings.mesh.leading
     finite = functools.partial(all_finite, axis=settings.axis_name)
     return on_devices(settings.mesh, finite, (spec,), jax.P())(gradients)
@@ -208,7 +216,7 @@ def lookup_in_refs(
         scale: None, or what gradients are divided by before the update.
     """
     gains = packed.gains
-    packed = packed.replace(gains=_constant(gains))
+    packed = jax.tree.map(_constant, packed)
     features = _lookup(settings, refs, token, packed, step, None if scale is None else _constant(scale))
     if isinstance(gains, Tracer):
         differentiated = _differentiated(token, gains)
@@ -218,7 +226,13 @@ def lookup_in_refs(
 
 
 def _constant(array: Any) -> Any:
-    return jax.lax.stop_gradient(array) if isinstance(array, Tracer) else array
+    """The array without a derivative. To JAX an integer has one too, of its own type, if it was computed from weights."""
+    if not isinstance(array, Tracer):
+        return array
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        other = jnp.uint32 if array.dtype == jnp.int32 else jnp.int32
+        return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(array, other), array.dtype)
+    return jax.lax.stop_gradient(array)
 
 
 def _differentiated(token: jax.Array, gains: jax.Array) -> bool | None:
@@ -318,14 +332,11 @@ def _update_rows(
     table: TablePlan,
 ) -> None:
     rows, gradient = physical_gradient(ids, gradient, settings, stack, table)
-    if settings.skip_nonfinite:
-        rows = jnp.where(jnp.all(jnp.isfinite(gradient)), rows, INT32_MAX)
-    variables = read(refs.variables)
-    new = update_rows(settings, {stack.name: (rows, gradient)}, variables, step, read(refs.order))
-    if not settings.skip_nonfinite:
-        _finish(settings, refs, new, step, [])
-    else:
-        _finish(settings, refs, new, step, [gradient])
+    finite = jnp.all(jnp.isfinite(gradient)) if settings.skip_nonfinite else None
+    if finite is not None:
+        rows = jnp.where(finite, rows, INT32_MAX)
+    new = update_rows(settings, {stack.name: (rows, gradient)}, read(refs.variables), step, read(refs.order))
+    finish_step(settings, refs, new, step, finite)
 
 
 def update_rows(
@@ -380,4 +391,4 @@ def rows_in_refs(
     scale: Any,
 ) -> jax.Array:
     """Rows of a table, float32[*ids.shape, embedding_dim]; arguments as for `lookup_in_refs`."""
-    return _rows(settings, stack, table, refs, token, ids, step, None if scale is None else _constant(scale))
+    return _rows(settings, stack, table, refs, token, _constant(ids), step, None if scale is None else _constant(scale))

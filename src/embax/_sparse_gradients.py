@@ -1,6 +1,7 @@
 """Gradients of tables as the rows that a batch touched: to be looked at, changed or kept before they are applied."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,11 @@ from embax._matmul import (
     checked_limits,
     feature_structure,
     flatten_like,
+    gradients_of_stacks,
     ordered_after,
-    stacked_gradients,
 )
-from embax._ops.across_devices import gradients_across
-from embax._ops.geometry import axis_of, make_geometry, update_geometry
+from embax._mesh import TableMesh
+from embax._ops.geometry import make_geometry, update_geometry
 from embax._ops.row_sums import group, sum_groups
 from embax._ops.row_update import RowLimits
 from embax._ops.update import apply_rows
@@ -83,13 +84,11 @@ def sparse_gradients(
         >>> variables = embax.apply_sparse_gradients(sparse, variables, specs=specs)
     """
     plan, structure = make_plan(specs), feature_structure(specs)
-    geometry = make_geometry(plan, packed)
+    make_geometry(plan, packed)  # Checks the batch, whose sizes come next.
     leaves = flatten_like(gradients, structure, "gradients")
-    stacked = stacked_gradients(leaves, packed, plan, range(len(plan.stacks)))
     after = ordered_after(activations, packed, plan, structure)
-    num_rows = [stack.shape[0] // plan.num_devices for stack in plan.stacks]
-    found = gradients_across(packed, stacked, num_rows, after, geometry, axis_of(plan, axis_name))
-    return {stack.name: SparseGradient(*pair) for stack, pair in zip(plan.stacks, found, strict=True)}
+    found = gradients_of_stacks(leaves, packed, plan, axis_name, after)
+    return {name: SparseGradient(*pair) for name, pair in found.items()}
 
 
 def sum_sparse_gradients(sparse: Sequence[Mapping[str, SparseGradient]]) -> dict[str, SparseGradient]:
@@ -208,6 +207,16 @@ def apply_to_stacks(
 
 def _apply_to_refs(variables: Any, parts: Any, step: Any, *, plan: Plan, limits: tuple[RowLimits, ...]) -> None:
     write(variables, apply_to_stacks(read(variables), parts, step, plan, limits))
+
+
+def flat_gradient(name: str, one: Any, dim: int, mesh: TableMesh | None) -> SparseGradient:
+    """A gradient without leading dimensions, of a mesh or of one device."""
+    if mesh is None or getattr(getattr(one, "rows", None), "ndim", 1) == 1:
+        return _flat(name, one, dim)
+    # The last dimension of rows is the one that is divided over the devices.
+    spec = mesh.leading
+    in_spec = SparseGradient(*(jax.P(*(None,) * (one.rows.ndim - 1), *spec) for _ in range(2)))
+    return mesh.shard_map(functools.partial(_flat, name, dim=dim), (in_spec,), spec)(one)
 
 
 def _flat(name: str, one: Any, dim: int | None = None) -> SparseGradient:

@@ -127,6 +127,11 @@ class RefVariable(nnx.Variable):
         return value.ref if isinstance(value, _Holder) else value
 
     @property
+    def origin(self) -> Any:
+        """The same object for all variables of one ref, inside and outside jit."""
+        return getattr(self.get_raw_value(), "origin", None)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the array."""
         return self.held.shape

@@ -17,9 +17,9 @@ except ImportError as error:
 from embax._layer import Shell
 from embax._mesh import TableMesh, replicated
 from embax._preprocess.buffers import PreprocessedInput
-from embax._ref_lookup import LayerRefs, rows_in_refs
+from embax._ref_lookup import LayerRefs
 from embax._refs import is_ref
-from embax._rows import load_tables, place_of_table, valid_ids, write_rows
+from embax._rows import load_tables, write_rows
 from embax._variables import EmbeddingVariables, without_slots
 from embax.nnx._ref_variables import EmbeddingVariable as EmbeddingVariable
 from embax.nnx._ref_variables import InvalidIds as InvalidIds
@@ -247,7 +247,7 @@ class SparseCoreEmbed(nnx.Module):
                 has not been given refs.
         """
         activations, invalid_ids = self._shell.lookup_in_refs(
-            self._refs(), self.token.get_value(), inputs, weights, step, gradient_scale
+            self._refs(), self.token.get_value(), inputs, weights, step, gradient_scale, self.step.origin
         )
         if invalid_ids is not None:
             self.invalid_ids[...] = invalid_ids
@@ -280,10 +280,8 @@ class SparseCoreEmbed(nnx.Module):
         Example:
             >>> logits = hidden @ embed.rows("word", jnp.arange(vocabulary_size)).T
         """
-        _, stack, planned = place_of_table(table, self._shell.specs)
-        rows = valid_ids(ids, table, planned.vocabulary_size)
-        return rows_in_refs(
-            self._shell.settings, stack, planned, self._refs(), self.token.get_value(), rows, step, gradient_scale
+        return self._shell.rows_in_refs(
+            self._refs(), self.token.get_value(), table, ids, step, gradient_scale, self.step.origin
         )
 
     def set_rows(self, table: str, ids: Any, values: Any) -> None:
