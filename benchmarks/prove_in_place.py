@@ -21,6 +21,7 @@ from flax import nnx
 
 import embax
 import embax.nnx.embed
+from embax.nnx._ref_variables import RefVariable
 
 FOR_MEMORY_ALONE = {"xla_backend_optimization_level": 0}
 """Options for programs that are not run: XLA assigns memory before it makes code, and CPU code is slow to optimize."""
@@ -133,23 +134,74 @@ class Model(nnx.Module):
         self.dense = nnx.Linear(DIM, DIM, rngs=nnx.Rngs(1))
 
 
-def make_model(specs: Any) -> tuple[Model, embax.nnx.embed.PartitionedOptimizer]:
+def make_model(specs: Any) -> tuple[Model, nnx.Optimizer]:
     """A model and its optimizer."""
     model = Model(specs)
-    return model, embax.nnx.embed.PartitionedOptimizer(model, optax.adam(1e-3))
+    return model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
 
 
-def compile_nnx(vocabulary: int, loss: Callable, setting: Setting, *, scan: bool) -> Any:
-    """A step of the NNX layer and `PartitionedOptimizer`, or an `nnx.scan` over several."""
-    specs = setting.specs_of(vocabulary)
-    model, optimizer = abstract(nnx.eval_shape(lambda: make_model(specs)), setting.device)
+def abstract_model(specs: Any, device: Any) -> tuple[Model, nnx.Optimizer]:
+    """A model and its optimizer without values, whose tables are abstract refs."""
+    sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
+    nodes = abstract(nnx.eval_shape(lambda: make_model(specs)), device)
+    for _, variable in nnx.to_flat_state(nnx.state(nodes[0])):
+        if isinstance(variable, RefVariable):
+            variable.make_abstract_ref(sharding)
+    return nodes
+
+
+def _once(loss: Callable) -> Callable:
+    return lambda model, packed, target: loss(model.embed(packed), model.dense(target))
+
+
+def _twice(loss: Callable) -> Callable:
+    once = _once(loss)
+    return lambda model, packed, target: once(model, packed, target) + once(model, packed, 2 * target)
+
+
+def _checkpointed(loss: Callable) -> Callable:
+    once = _once(loss)
+    return lambda model, packed, target: jax.checkpoint(lambda packed: once(model, packed, target))(packed)
+
+
+def _with_rows(loss: Callable) -> Callable:
+    once, ids = _once(loss), np.arange(BATCH, dtype=np.int32)
+
+    def with_rows(model, packed, target):
+        return once(model, packed, target) + jnp.sum(model.embed.rows("adagrad", jnp.asarray(ids)) * target)
+
+    return with_rows
+
+
+def _scanned(loss: Callable) -> Callable:
+    once = _once(loss)
+
+    def scanned(model, packed, target):
+        graph, state = nnx.split(model)
+
+        def body(total, scale):
+            return total + once(nnx.merge(graph, state, copy=True), packed, scale * target), None
+
+        return jax.lax.scan(body, jnp.zeros(()), jnp.arange(1.0, STEPS + 1))[0]
+
+    return scanned
+
+
+def compile_nnx(
+    vocabulary: int,
+    loss: Callable,
+    setting: Setting,
+    *,
+    scan: bool = False,
+    form: Callable[[Callable], Callable] = _once,
+) -> Any:
+    """A step of the NNX layer and `nnx.Optimizer`, or an `nnx.scan` over several."""
+    specs, loss_of = setting.specs_of(vocabulary), form(loss)
+    model, optimizer = abstract_model(specs, setting.device)
     target = np.ones((BATCH, DIM), np.float32)
 
     def step(model, optimizer, packed):
-        def loss_of(model):
-            return loss(model.embed(packed, step=jnp.int32(0)), model.dense(target))
-
-        value, gradients = nnx.value_and_grad(loss_of)(model)
+        value, gradients = nnx.value_and_grad(loss_of)(model, packed, target)
         optimizer.update(model, gradients)
         return value
 
@@ -163,15 +215,18 @@ def compile_nnx(vocabulary: int, loss: Callable, setting: Setting, *, scan: bool
 
     packed = packed_batch(model.embed.feature_specs, setting.minibatching)
     packed = abstract(packed, setting.device, STEPS if scan else None)
-    jitted = nnx.jit(steps if scan else step, donate_argnames=("model", "optimizer"))
-    return jitted.lower(model, optimizer, packed).compile(setting.compiler_options).compiled
+    return nnx.jit(steps if scan else step).lower(model, optimizer, packed).compile(setting.compiler_options).compiled
 
 
 FORMS = {
     "explicit": functools.partial(compile_explicit, scan=False),
     "explicit in lax.scan": functools.partial(compile_explicit, scan=True),
-    "nnx": functools.partial(compile_nnx, scan=False),
+    "nnx": compile_nnx,
     "nnx in nnx.scan": functools.partial(compile_nnx, scan=True),
+    "nnx, two lookups": functools.partial(compile_nnx, form=_twice),
+    "nnx, lookup and rows": functools.partial(compile_nnx, form=_with_rows),
+    "nnx, jax.checkpoint": functools.partial(compile_nnx, form=_checkpointed),
+    "nnx, lax.scan in loss": functools.partial(compile_nnx, form=_scanned),
 }
 LOSSES = (linear_loss, quadratic_loss)
 

@@ -88,7 +88,7 @@ class Nnx:
 
     @property
     def variables(self):
-        return oracle.variables_of(self.layer)
+        return jax.tree.map(lambda ref: ref[...], self.layer.embedding_table)
 
     def rows(self, table, ids):
         return self.layer.rows(table, ids)

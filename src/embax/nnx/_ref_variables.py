@@ -181,6 +181,12 @@ class RefVariable(nnx.Variable):
         yield reprlib.Object(type=type(self).__name__)
         yield reprlib.Attr("value", self.held)
 
+    def make_abstract_ref(self, sharding: Any = None) -> None:
+        """Turns an abstract array, as `nnx.eval_shape` makes it, into an abstract ref, to compile for ahead of time."""
+        held = self.held
+        shape = jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=sharding, is_ref=True)
+        self.set_raw_value(_Holder(shape))
+
     def make_ref(self) -> None:
         """Puts the array into a ref. Call it outside jit."""
         if not is_ref(self.held):
