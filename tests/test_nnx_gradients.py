@@ -142,7 +142,7 @@ def test_a_tied_output_layer(devices):
     """The rows of all items are read as a second lookup: each of the two updates the table, the later lookup first."""
     model = Model(devices=devices)
     dense = Dense(model)
-    ids, targets = draw()
+    ids, _ = draw()
 
     def loss(model, packed):
         logits = model(packed) @ model.embed.rows("t", jnp.arange(ROWS)).T

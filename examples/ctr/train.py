@@ -1,7 +1,6 @@
 """Training and prediction, for any dataset."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterable, Iterator
 
@@ -12,7 +11,6 @@ from flax import nnx
 from tqdm import tqdm
 
 import embax
-import embax.nnx.embed
 
 from .dataset import Dataset
 from .metrics import Score, score
@@ -60,7 +58,7 @@ def new_model(dataset: Dataset, batch_size: int, epochs: int, seed: int) -> tupl
     steps = epochs * (samples // batch_size)
     model = ClickModel(dataset, batch_size, rngs=nnx.Rngs(seed))
     schedule = optax.cosine_decay_schedule(DENSE_LEARNING_RATE, steps)
-    return model, embax.nnx.embed.PartitionedOptimizer(model, optax.adamw(schedule, weight_decay=DENSE_WEIGHT_DECAY))
+    return model, nnx.Optimizer(model, optax.adamw(schedule, weight_decay=DENSE_WEIGHT_DECAY), wrt=nnx.Param)
 
 
 def train(
@@ -111,7 +109,7 @@ def predict(model: ClickModel, dataset: Dataset, part: slice) -> np.ndarray:
     return np.concatenate(probabilities)
 
 
-@functools.partial(nnx.jit, donate_argnames=("model", "optimizer"))
+@nnx.jit
 def _train_step(model: ClickModel, optimizer: nnx.Optimizer, packed, dense: jax.Array, labels: jax.Array) -> jax.Array:
     """One step: the backward pass updates the tables in place, ``optimizer`` the rest. Returns the mean loss."""
 
@@ -123,7 +121,7 @@ def _train_step(model: ClickModel, optimizer: nnx.Optimizer, packed, dense: jax.
     return value
 
 
-@functools.partial(nnx.jit, donate_argnames="model")
+@nnx.jit
 def _predict_step(model: ClickModel, packed, dense: jax.Array) -> jax.Array:
     return nnx.sigmoid(model(packed, dense))
 

@@ -6,7 +6,6 @@ result; a real program reads only its own slice.
 """
 
 import argparse
-import functools
 import os
 from pathlib import Path
 
@@ -61,7 +60,7 @@ class Model(nnx.Module):
         return self.out(self.embed(packed)["items"])[:, 0]
 
 
-@functools.partial(nnx.jit, donate_argnames=("model", "optimizer"))
+@nnx.jit
 def train_step(model: Model, optimizer: nnx.Optimizer, packed, labels: jax.Array) -> jax.Array:
     """One step; returns the mean loss over the batch of all processes."""
 
@@ -116,9 +115,10 @@ def main() -> None:
         print(f"processes: {processes}, devices: {jax.device_count()}")
 
     model = Model(options.batch_size, mesh, nnx.Rngs(options.seed))
-    optimizer = embax.nnx.embed.PartitionedOptimizer(model, optax.adam(1e-3))
-    for node in (model, optimizer):  # what is not a table is replicated
-        nnx.update(node, jax.device_put(nnx.state(node), embax.nnx.embed.get_named_sharding(node, mesh)))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    for node in (model, optimizer):  # replicate all arrays but the tables, which the layer has placed
+        state = nnx.state(node, embax.nnx.embed.is_non_embedding_variables)
+        nnx.update(node, jax.device_put(state, embax.nnx.embed.get_named_sharding(state, mesh)))
 
     by_sample = jax.sharding.NamedSharding(mesh, jax.P("devices"))
     own = np.split(np.arange(options.batch_size), processes)[process]

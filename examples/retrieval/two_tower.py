@@ -5,8 +5,6 @@ often, so the logarithm of their share is subtracted from their scores: Yi et al
 Large Corpus Item Recommendations, 2019.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +72,7 @@ def new_model(flights: Flights, batch_size: int, seed: int, mesh: jax.sharding.M
     return TwoTower(flights, batch_size, nnx.Rngs(seed), mesh)
 
 
-@functools.partial(nnx.jit, donate_argnames=("model", "optimizer"))
+@nnx.jit
 def train_step(
     model: TwoTower,
     optimizer: nnx.Optimizer,
@@ -116,7 +114,7 @@ def train(model: TwoTower, flights: Flights, batch_size: int, epochs: int, seed:
     samples = flights.train.stop
     batches = samples // batch_size
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, epochs * batches)
-    optimizer = embax.nnx.embed.PartitionedOptimizer(model, optax.adam(schedule))
+    optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt=nnx.Param)
     log_share = np.log(np.bincount(flights.answers[flights.train]) / samples).astype(np.float32)
 
     shuffle, losses = np.random.default_rng(seed), []
@@ -150,7 +148,7 @@ def encode(tower: Tower, ids: Ids) -> np.ndarray:
     return np.concatenate(vectors)[:samples]
 
 
-@functools.partial(nnx.jit, donate_argnames="tower")
+@nnx.jit
 def encode_step(tower: Tower, packed) -> jax.Array:
     """One batch of vectors."""
     return tower(packed)

@@ -75,7 +75,7 @@ def _blocks(table: TablePlan) -> tuple[int, list[np.int32]]:
 
 
 def logical_blocks(stacked: Any, table: TablePlan, num_sparsecores: int) -> Iterator[tuple[slice, jax.Array]]:
-    """The rows of a table or slot, an array or a ref, a block at a time. On several processes all must iterate, and all get them."""
+    """The rows of a table or slot, an array or a ref, a block at a time. On several processes all must iterate; all get them."""
     count, firsts = _blocks(table)
     everywhere = None if stacked.sharding.is_fully_addressable else _replicated(stacked.sharding)
     columns = of_table(stacked.shape, table)[1:]
@@ -100,8 +100,8 @@ def take_logical(stacked: Any, table: TablePlan, num_sparsecores: int) -> np.nda
     """The values of a table or slot by row.
 
     Args:
-        stacked: [rows, dim] or [rows] array of the stack, JAX (of this process) or NumPy, or a ref. A JAX array is copied out by blocks
-            and never aliased: a NumPy view of it would make the next donated step copy it.
+        stacked: [rows, dim] or [rows] array of the stack, JAX (of this process) or NumPy, or a ref. A JAX array is copied out by
+            blocks and never aliased: a NumPy view of it would make the next donated step copy it.
         table: the table's place.
         num_sparsecores: SparseCores that the stack is laid out for.
 

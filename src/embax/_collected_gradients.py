@@ -46,7 +46,7 @@ class _Call:
 
 
 class _Collection:
-    """The lookups of one differentiated loss. First they are found, then their gradients are stored. Compared by identity."""
+    """The lookups of one differentiated loss: first they are found, then their gradients are stored. Compared by identity."""
 
     def __init__(self, found: "Sequence[_Call] | None" = None):
         self.calls: list[_Call] = [] if found is None else list(found)
@@ -65,8 +65,8 @@ class _Collection:
         self._next += 1
         if self._next > len(self.calls):
             raise ValueError(
-                "embax.nnx.value_and_grad traced the loss twice, and the second time it looked a layer up more often. Let the loss "
-                "do the same each time that it is called."
+                "embax.nnx.value_and_grad traced the loss twice, and the second time it looked a layer up more often. Let the "
+                "loss do the same each time that it is called."
             )
         return self.calls[self._next - 1].bin  # type: ignore[return-value]
 
@@ -141,8 +141,8 @@ def _count(jaxpr: Jaxpr, times: int, calls: Sequence[_Call]) -> None:
                 _count(getattr(part, "jaxpr", part), inner, calls)
         if equation.primitive.name == "while" and before != [call.times for call in calls]:
             raise ValueError(
-                "embax.nnx.value_and_grad: a layer is looked up in a while loop, and it is not known how often. Look up outside of "
-                "the loop, or use jax.lax.scan."
+                "embax.nnx.value_and_grad: a layer is looked up in a while loop, and it is not known how often. Look up outside "
+                "of the loop, or use jax.lax.scan."
             )
 
 

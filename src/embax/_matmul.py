@@ -102,10 +102,10 @@ def check_variables(variables: Mapping[str, Any], plan: Plan, without_slots: Col
                     f"Stack {stack.name!r} has as {what} an array {dtype}{list(shape)}; {type(stack.optimizer).__name__} needs "
                     f"float32{list(wanted)}. Make it with embax.init_embedding_variables from these specs."
                 )
-            one_device = isinstance(array, Tracer | np.ndarray) or array.sharding.is_fully_replicated
-            if plan.num_devices == 1 and not one_device:
+            sharding = None if isinstance(array, Tracer | np.ndarray) else array.sharding
+            if plan.num_devices == 1 and sharding is not None and not sharding.is_fully_replicated:
                 raise ValueError(
-                    f"Stack {stack.name!r} has an array spread over {len(array.sharding.device_set)} devices; its specs were "
+                    f"Stack {stack.name!r} has an array spread over {len(sharding.device_set)} devices; its specs were "
                     "placed for one. Put it on one device with jax.device_put, or place the specs for as many devices."
                 )
 

@@ -1,11 +1,11 @@
 """The differentiable lookups of a layer whose tables live in refs.
 
 The backward pass of a lookup takes one optimizer step on the rows that the batch touched, and writes them into the refs. No
-gradient of a table leaves it. JAX runs a backward rule only where an input is differentiated, so a lookup takes a scalar, the token,
-whose gradient is always 0.
+gradient of a table leaves it. JAX runs a backward rule only where an input is differentiated. So a lookup takes a scalar, the
+token, whose gradient is always 0.
 
-Two lookups and their updates are ordered through the refs. XLA updates a table in place only if it sees that every read of the old
-table comes first. So each lookup adds a zero to the ref `order` that XLA takes for a function of the rows that were read, and each
+Lookups and updates are ordered through the refs. XLA updates a table in place only if it sees that every read of the old table
+comes first. So each lookup adds a zero to the ref `order`, which XLA takes for a function of the rows that were read, and each
 update waits for the value of `order`.
 """
 
@@ -167,8 +167,8 @@ def _with_gain_gradients(
 ) -> list[jax.Array]:
     """The features as they are. In the backward pass the gains of the batch get their gradient.
 
-    This backward pass runs before the one that updates the tables. If `ordered`, the update waits for it, so that the table is not
-    copied; if not, XLA leaves it out where nobody asks for the gradient.
+    This backward pass runs before the one that updates the tables. If `ordered`, the update waits for it, so that the table is
+    not copied. If not, XLA leaves it out where nobody asks for the gradient.
     """
     del settings, ordered, gains, refs, packed
     return features
@@ -217,7 +217,7 @@ def lookup_in_refs(
     """
     gains = packed.gains
     packed = jax.tree.map(_constant, packed)
-    features = _lookup(settings, refs, token, packed, step, None if scale is None else _constant(scale))
+    features: Any = _lookup(settings, refs, token, packed, step, None if scale is None else _constant(scale))
     if isinstance(gains, Tracer):
         differentiated = _differentiated(token, gains)
         if differentiated is not False:
@@ -236,7 +236,7 @@ def _constant(array: Any) -> Any:
 
 
 def _differentiated(token: jax.Array, gains: jax.Array) -> bool | None:
-    """Whether gains are differentiated; None if that is not known yet, since a function is traced that may be differentiated later."""
+    """Whether gains are differentiated; None inside a function that is traced now, and may be differentiated later."""
     found = []
 
     @jax.custom_vjp

@@ -121,7 +121,8 @@ def write_rows(
         specs: pytree of placed `FeatureSpec`.
 
     Returns:
-        The variables with new rows; with refs, `variables` itself. Inside jit an id outside the vocabulary is left out, and of equal ids one is written.
+        The variables with new rows; with refs, `variables` itself. Inside jit an id outside the vocabulary is left out, and of
+        equal ids one is written.
 
     Raises:
         ValueError: the table is unknown, an id is not an integer, is outside the vocabulary or occurs twice, or the values are

@@ -215,7 +215,8 @@ def flat_gradient(name: str, one: Any, dim: int, mesh: TableMesh | None) -> Spar
         return _flat(name, one, dim)
     # The last dimension of rows is the one that is divided over the devices.
     spec = mesh.leading
-    in_spec = SparseGradient(*(jax.P(*(None,) * (one.rows.ndim - 1), *spec) for _ in range(2)))
+    parts: Any = jax.P(*(None,) * (one.rows.ndim - 1), *spec)
+    in_spec = SparseGradient(parts, parts)
     return mesh.shard_map(functools.partial(_flat, name, dim=dim), (in_spec,), spec)(one)
 
 

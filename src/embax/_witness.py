@@ -218,6 +218,10 @@ def _raise(misuse: int, witness: Any, tables_kept: bool) -> None:
     raise ValueError(_TEXTS[Misuse(misuse)].format(count=count).strip() + (_KEPT if tables_kept else _LOST))
 
 
+def _is_ready(array: Any) -> bool:
+    return array.is_fully_addressable and array.is_ready()
+
+
 def refuse_misused(witness: Any) -> bool:
     """Whether a witness is known without waiting, and shows no misuse.
 
@@ -226,9 +230,7 @@ def refuse_misused(witness: Any) -> bool:
     """
     if isinstance(witness, Tracer):
         return False
-    if isinstance(witness, jax.Array) and (
-        witness.is_deleted() or not (witness.is_fully_addressable and witness.is_ready())
-    ):
+    if isinstance(witness, jax.Array) and (witness.is_deleted() or not _is_ready(witness)):
         return False
     with jax.ensure_compile_time_eval():  # The parameters may be constants of a jitted function.
         misuse = int(judge_stored(witness))

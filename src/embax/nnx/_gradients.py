@@ -41,9 +41,9 @@ def value_and_grad(
         has_aux: as in `nnx.value_and_grad`.
 
     Returns:
-        A function of the same arguments. It returns the value of the loss, and `(dense, tables)`: the gradients of all `nnx.Param`,
-        and `TableGradients`. A `gradient_scale` that a layer is called with divides the gradients of its tables. On a mesh, rows are
-        counted on the device that owns them.
+        A function of the same arguments. It returns the value of the loss, and `(dense, tables)`: the gradients of all
+        `nnx.Param`, and `TableGradients`. A `gradient_scale` that a layer is called with divides the gradients of its tables. On
+        a mesh, rows are counted on the device that owns them.
 
     Raises:
         ValueError: the loss looks a layer up in a while loop.
@@ -111,7 +111,8 @@ def apply_sparse_gradients(
 
     Args:
         model: the model, whose layers have the paths that the gradients name.
-        tables: `TableGradients`. Gradients of one row are added. Arrays may have leading dimensions, as `jax.lax.scan` stacks them.
+        tables: `TableGradients`. Gradients of one row are added. Arrays may have leading dimensions, as `jax.lax.scan` stacks
+            them.
         step: the number of the step; None means the layer's own.
 
     Raises:

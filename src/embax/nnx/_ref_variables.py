@@ -1,9 +1,9 @@
 """NNX variables whose value lives in a `jax.Ref`, so that a backward pass can write it.
 
 Refs may enter a jitted function as arguments. They may not leave it, and may not be carried by `jax.lax.scan`. So the ref of a
-variable is a leaf of the state outside jit only. Inside jit the state does not contain it: JAX functions under the jitted one close
-over the ref. Leaving jit, the variable finds its ref again. With that, `nnx.jit`, `nnx.scan`, `nnx.grad`, `nnx.remat`, and functions
-of JAX that take and return the state of a model, work as they do for arrays.
+variable is a leaf of the state outside jit only. Inside jit the state does not contain it: JAX functions under the jitted one
+close over the ref. Leaving jit, the variable finds its ref again. With that, `nnx.jit`, `nnx.scan`, `nnx.grad`, `nnx.remat`, and
+functions of JAX that take and return the state of a model, work as they do for arrays.
 """
 
 import weakref
@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 try:
     from flax import nnx
-    from flax.nnx import reprlib, tracers, variablelib
+    from flax.nnx import reprlib, tracers
 except ImportError as error:
     raise ImportError("embax.nnx needs Flax and optax: pip install 'embax[flax]'") from error
 
@@ -148,12 +148,13 @@ class RefVariable(nnx.Variable):
         else:
             super().set_value(value, index=index)
 
-    def copy(self, value: Any = variablelib.MISSING, **updates: Any) -> Any:
+    def copy(self, *value: Any, **updates: Any) -> Any:
         """A variable with a ref of its own, as `nnx.clone` makes it. Inside transformations, another name of the same ref."""
         held = self.held
-        if value is variablelib.MISSING and is_ref(held) and not isinstance(held, Tracer) and _OUTSIDE.is_valid():
-            value = _Holder(new_ref(held))
-        return super().copy(value, **updates)
+        same = not value and "value" not in updates
+        if same and is_ref(held) and not isinstance(held, Tracer) and _OUTSIDE.is_valid():
+            value = (_Holder(new_ref(held)),)
+        return super().copy(*value, **updates)
 
     replace = copy
     to_state = copy
@@ -200,8 +201,8 @@ class EmbeddingVariable(RefVariable):
 class _SmallRefVariable(RefVariable):
     """A counter of a layer.
 
-    Its ref holds each element `_COPIES` times. If a model is donated to a jitted function, JAX tries to reuse the memory of its refs
-    for outputs of the same size, and fails. No output is likely to have such a size.
+    Its ref holds each element `_COPIES` times. If a model is donated to a jitted function, JAX tries to reuse the memory of its
+    refs for outputs of the same size, and fails. No output is likely to have such a size.
     """
 
     _COPIES = 1021

@@ -99,10 +99,11 @@ def save(
 def restore(path: str | os.PathLike, model: nnx.Module, optimizer: nnx.Optimizer | None = None) -> None:
     """Restores what `save` saved into a model of the same structure, and its optimizer, in place.
 
-    Nothing is changed unless all of the checkpoint has been read and found intact and fitting; therefore tables are
-    read twice. Tables are written into the refs of the model, so the memory of one table is needed beside the model. The number of SparseCores, devices and processes, and the stacking of the tables, may differ from those of the saved
-    model. Of several processes all call it, in their main thread, and each reads the checkpoint; if one finds it damaged or not
-    fitting, nothing is changed on any.
+    Nothing is changed unless all of the checkpoint has been read and found intact and fitting; therefore tables are read twice.
+    Tables are written into the refs of the model, so the memory of one table is needed beside the model. The number of
+    SparseCores, devices and processes, and the stacking of the tables, may differ from those of the saved model. Of several
+    processes all call it, in their main thread, and each reads the checkpoint; if one finds it damaged or not fitting, nothing
+    is changed on any.
 
     Args:
         path: the directory of the checkpoint.

@@ -85,11 +85,11 @@ class SparseCoreEmbed(nnx.Module):
     """Looks features up in large embedding tables, and updates the tables as it is differentiated.
 
     Use it like any layer, under `nnx.jit`, `nnx.value_and_grad`, `nnx.Optimizer(model, tx, wrt=nnx.Param)` and any optax
-    transformation. Tables and slots are held in refs (`jax.Ref`), which no optimizer sees. The backward pass of each lookup applies
-    each table's own optimizer to the rows that the batch touched, and writes the refs in place. Nothing is donated.
+    transformation. Tables and slots are held in refs (`jax.Ref`), which no optimizer sees. The backward pass of each lookup
+    applies each table's own optimizer to the rows that the batch touched, and writes the refs in place. Nothing is donated.
 
-    - A step may look a layer up several times. Each lookup takes an optimizer step of its own; all lookups read the tables as they
-      were before the step.
+    - A step may look a layer up several times. Each lookup takes an optimizer step of its own; all lookups read the tables as
+      they were before the step.
     - What is done to gradients after the backward pass (scaling, clipping, averaging) does not reach the tables. See
       `gradient_scale` for a scaled loss, and `embax.nnx.value_and_grad` for gradients of tables that are applied later.
     - Without differentiation, a lookup only reads. Exclude `token` from what is differentiated, and the tables stay as they are.
@@ -122,8 +122,8 @@ class SparseCoreEmbed(nnx.Module):
         token: float32[], an `nnx.Param` whose gradient is always 0. It makes lookups differentiable.
         step: int32[], the optimizer steps that were taken, in a ref. Schedules, Adam and F2A read it. All lookups of one training
             step see the same number.
-        invalid_ids: int32[features] in a ref, in the order of the feature leaves, overwritten by each call with raw ids inside jit:
-            the ids that were left out since they or their weights are not valid.
+        invalid_ids: int32[features] in a ref, in the order of the feature leaves, overwritten by each call with raw ids inside
+            jit: the ids that were left out since they or their weights are not valid.
 
     Raises:
         ValueError: the specs are inconsistent, or an argument is not what is described here.
@@ -178,7 +178,7 @@ class SparseCoreEmbed(nnx.Module):
 
     @property
     def embedding_table(self) -> dict[str, EmbeddingVariables]:
-        """`EmbeddingVariables` of refs of each stack by name, as `embax.lookup`, `embax.checkpoint.save` and the like take them."""
+        """`EmbeddingVariables` of refs of each stack by name, as `embax.lookup` and `embax.checkpoint.save` take them."""
         self.make_refs()
         return jax.tree.map(lambda variable: variable.held, self.tables, is_leaf=_is_variable)
 
@@ -243,8 +243,8 @@ class SparseCoreEmbed(nnx.Module):
             float32[batch, output_dim] of each feature, or of the layer's dtype, in the structure of the specs.
 
         Raises:
-            ValueError: the batch was packed for other specs, an id or a weight is not valid, or this layer was made inside jit and
-                has not been given refs.
+            ValueError: the batch was packed for other specs, an id or a weight is not valid, or this layer was made inside jit
+                and has not been given refs.
         """
         activations, invalid_ids = self._shell.lookup_in_refs(
             self._refs(), self.token.get_value(), inputs, weights, step, gradient_scale, self.step.origin
