@@ -10,7 +10,7 @@ Run it with: python -m benchmarks.prove_in_place
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -228,6 +228,9 @@ FORMS = {
     "nnx, jax.checkpoint": functools.partial(compile_nnx, form=_checkpointed),
     "nnx, lax.scan in loss": functools.partial(compile_nnx, form=_scanned),
 }
+PLAIN_FORMS = ("explicit", "explicit in lax.scan", "nnx", "nnx in nnx.scan")
+"""Those that update each table once a step."""
+
 LOSSES = (linear_loss, quadratic_loss)
 
 
@@ -254,10 +257,11 @@ def memory_of(compiled: list[Any], setting: Setting) -> Memory:
     )
 
 
-def measure(backend: str) -> Iterator[tuple[str, str, Memory]]:
+def measure(backend: str, forms: Collection[str] = tuple(FORMS)) -> Iterator[tuple[str, str, Memory]]:
     """Form, loss and memory of every combination of form of the step and loss."""
     setting = Setting()
-    for form, compile_step in FORMS.items():
+    for form in forms:
+        compile_step = FORMS[form]
         for loss in LOSSES:
             with embax.use_backend(backend):
                 compiled = [compile_step(vocabulary, loss, setting) for vocabulary in VOCABULARIES]
