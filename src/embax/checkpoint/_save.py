@@ -61,7 +61,7 @@ _SAME_KINDS = (CheckpointError, FileExistsError, ValueError)
 
 def _gather(stacked: Any, table: TablePlan, num_sparsecores: int, processes: Processes) -> np.ndarray | None:
     """A table or slot by row, None where another process writes it."""
-    if processes.alone or not isinstance(stacked, jax.Array) or stacked.is_fully_addressable:
+    if processes.alone or isinstance(stacked, np.ndarray) or stacked.sharding.is_fully_addressable:
         return take_logical(stacked, table, num_sparsecores) if processes.is_first else None
     with processes.together(Action.SAVE):
         values = np.empty(of_table(stacked.shape, table), np.float32) if processes.is_first else None
