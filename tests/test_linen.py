@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 import embax
+from embax import _warnings
 from embax.linen import embed_optimizer
 from embax.linen.embed import (
     EMBEDDING_PARAM_NAME,
@@ -152,7 +153,8 @@ def test_the_step_reaches_the_optimizer():
         jax.grad(lambda params: jnp.sum(layer.apply({"params": params}, packed)["f"]))(params)
 
 
-def test_two_lookups_in_one_step_are_never_silent():
+def test_two_lookups_in_one_step_are_never_silent(monkeypatch):
+    monkeypatch.setattr(_warnings, "_told", set())
     layer = SparseCoreEmbed(specs_of("f"))
     packed = layer.preprocess(draw("f"))
     params = layer.init(jax.random.key(0), packed)["params"]

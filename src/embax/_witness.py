@@ -76,8 +76,9 @@ _TEXTS = {
     "scale of a loss, or by the mean over microbatches or devices. The backward pass of a lookup returns the new tables, not a "
     "gradient. Change the gradients of the dense parameters only. " + _FUNCTIONAL,
     Misuse.DENSE: "The new tables are not those that the backward pass returned. A dense gradient was added to them: the loss "
-    "also reads the tables themselves, as a tied output layer or a penalty on all parameters does. Read them under "
-    "jax.lax.stop_gradient, or look the rows up as a second feature of the same table. " + _FUNCTIONAL,
+    "also reads the tables themselves, as a tied output layer or a penalty on all parameters does, or the optimizer decays all "
+    "weights. Decay dense parameters only. Read tables under jax.lax.stop_gradient, or look the rows up as a second feature of "
+    "the same table. " + _FUNCTIONAL,
     Misuse.ADDED: "The new tables were added to the old ones, by optax.apply_updates or by apply_gradients of a Flax TrainState.",
     Misuse.STEPPED: "An optimizer stepped the tables as if the new tables were a gradient, or changed the parameters beside "
     "them.",
@@ -178,7 +179,8 @@ def _what_was_done(witness: jax.Array) -> jax.Array:
     count = witness[:, _COUNT]
     misuse = jnp.where(_sound(witness) & ((count == 0) | (count == 1)), Misuse.DENSE, Misuse.SCALED)
     misuse = jnp.where((count > 1) & (count == jnp.round(count)), Misuse.SEVERAL, misuse)
-    return jnp.where(witness[:, _MARK] == 0, misuse, Misuse.STEPPED).astype(jnp.int32)
+    # A penalty on all parameters has a gradient with respect to the mark.
+    return jnp.where(witness[:, _MARK] == 0, misuse, Misuse.DENSE).astype(jnp.int32)
 
 
 @jax.jit

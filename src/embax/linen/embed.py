@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 try:
@@ -295,7 +296,8 @@ class SparseCoreEmbed(nn.Module):
             params: the parameters of this layer, a dict that holds "sc_embedding_variables".
             tables: floating point array [vocabulary_size, embedding_dim] by the name of its table.
         """
-        new = _with_tables(params, lambda old: load_tables(old, tables, specs=self._shell.specs))
+        specs = self._shell.specs
+        new = _with_tables(params, lambda old: load_tables(old, tables, specs=specs) if tables else old)
         box = new[EMBEDDING_PARAM_NAME]
         if _witness_of(box) is not None:
             new[EMBEDDING_PARAM_NAME] = box.replace(witness=self._stored_witness(box))
@@ -365,6 +367,14 @@ def _unboxed(box: Any) -> Any:
     return box.value if isinstance(box, nn.Partitioned) else box
 
 
+def _of_jax_arrays(box: Any) -> Any:
+    """The parameter with NumPy arrays, such as `jax.device_get` returns, put on the devices."""
+    if not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(box)):
+        return box
+    mesh = box.mesh if isinstance(box, WithSparseCoreLayout) else None
+    return jax.tree.map(jnp.asarray, box) if mesh is None else jax.device_put(box, box.get_sharding(mesh))
+
+
 def _with_tables(params: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     if not isinstance(params, Mapping) or EMBEDDING_PARAM_NAME not in params:
         raise ValueError(
@@ -372,5 +382,5 @@ def _with_tables(params: Mapping[str, Any], change: Callable[[Any], Any]) -> dic
             'variables["params"]["embed"].'
         )
     box = params[EMBEDDING_PARAM_NAME]
-    new = change(_unboxed(box))
+    new = change(_unboxed(_of_jax_arrays(box)))
     return {**params, EMBEDDING_PARAM_NAME: box.replace(value=new) if isinstance(box, nn.Partitioned) else new}
