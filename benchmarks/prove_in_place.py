@@ -229,7 +229,7 @@ FORMS = {
     "nnx, lax.scan in loss": functools.partial(compile_nnx, form=_scanned),
 }
 PLAIN_FORMS = ("explicit", "explicit in lax.scan", "nnx", "nnx in nnx.scan")
-"""Those that update each table once a step."""
+"""Forms of a step that update each table once."""
 
 LOSSES = (linear_loss, quadratic_loss)
 

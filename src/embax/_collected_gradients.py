@@ -10,14 +10,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from embax._checks import INT32_MAX
 from embax._lookup_vjp import LookupSettings
 from embax._matmul import all_finite, gradients_of_stacks
 from embax._mesh import on_devices
 from embax._preprocess.buffers import PreprocessedInput
-from embax._ref_lookup import GradientBin, LayerRefs, finish_step
+from embax._ref_lookup import GradientBin, LayerRefs, own_rows, update_stacks
 from embax._refs import read
-from embax._sparse_gradients import SparseGradient, apply_to_stacks, sum_sparse_gradients
+from embax._sparse_gradients import SparseGradient, sum_sparse_gradients
 
 # Part of jit's cache key, so that functions that were jitted before are traced anew while gradients are collected.
 _collecting = jax.make_user_context(default_value=None)
@@ -173,18 +172,16 @@ def collected(settings: LookupSettings, calls: Sequence[_Call]) -> dict[str, Spa
                 found = on_devices(settings.mesh, of_batch, (spec, spec), spec)(gradients, packed)
                 parts.append({name: SparseGradient(*found[name]) for name in found if name not in settings.frozen})
             else:
-                rows = next(stack.shape[0] for stack in stacks if stack.name == call.stack) // plan.num_devices
+                stack = next(stack for stack in stacks if stack.name == call.stack)
+                parts.append({call.stack: own_rows(settings, stack, *stored)})
+    return summed(settings, parts)
 
-                def own(all_rows, values, rows=rows):
-                    first = 0 if settings.mesh is None else jax.lax.axis_index(settings.axis_name) * rows
-                    here = (all_rows >= first) & (all_rows < first + rows)
-                    return jnp.where(here, all_rows - first, INT32_MAX), jnp.where(here[:, None], values, 0.0)
 
-                everywhere = jax.P()
-                found = on_devices(settings.mesh, own, (everywhere, everywhere), spec)(*stored)
-                parts.append({call.stack: SparseGradient(*found)})
+def summed(settings: LookupSettings, parts: Sequence[Mapping[str, SparseGradient]]) -> dict[str, SparseGradient]:
+    """The sum of gradients of a layer, each row once, on the device that owns it. Gradients have no leading dimensions."""
+    spec = None if settings.mesh is None else settings.mesh.leading
     totals = {}
-    for stack in stacks:
+    for stack in settings.plan.stacks:
         of_stack = [part[stack.name] for part in parts if stack.name in part]
         if of_stack:
 
@@ -199,23 +196,9 @@ def apply_collected(
     refs: LayerRefs, parts: Mapping[str, SparseGradient], step: Any, *, settings: LookupSettings
 ) -> None:
     """Takes one optimizer step on the rows of some stacks of a layer; gradients have no leading dimensions."""
-    spec = None if settings.mesh is None else settings.mesh.leading
     step = read(refs.step).reshape(-1)[0] if step is None else step
     finite = all_finite([part.values for part in parts.values()], None) if settings.skip_nonfinite else None
-
-    def update(parts, variables, step, finite):
-        if finite is not None:
-            parts = {
-                name: SparseGradient(jnp.where(finite, part.rows, INT32_MAX), part.values)
-                for name, part in parts.items()
-            }
-        return apply_to_stacks(variables, parts, step, settings.plan, settings.limits)
-
-    everywhere = jax.P()
-    update = on_devices(settings.mesh, update, (spec, spec, everywhere, everywhere), spec)
-    names = list(parts)
-    new = update(dict(parts), {name: read(refs.variables[name]) for name in names}, step, finite)
-    finish_step(settings, refs, new, step, finite)
+    update_stacks(settings, refs, dict(parts), step, finite)
 
 
 def shapes_of(settings: LookupSettings, packed: PreprocessedInput) -> tuple[list[jax.ShapeDtypeStruct], Any]:

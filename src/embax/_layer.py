@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from embax import _collected_gradients as collected_gradients
@@ -61,40 +60,6 @@ def float32_variables(variables: Any) -> Any:
         return array.astype(jnp.float32) if half else array
 
     return jax.tree.map(cast, variables)
-
-
-def known_lookups(lookups: Any, wait: bool = False) -> float:
-    """The number of differentiated lookups of the last step, 0 where it is not known without waiting.
-
-    Several processes, which would know it at different times, know it only if they wait.
-    """
-    if isinstance(lookups, Tracer) or lookups.is_deleted():
-        return 0
-    if not wait and not (lookups.is_fully_addressable and lookups.is_ready()):
-        return 0
-    return float(np.asarray(lookups.addressable_data(0)).max())  # All are equal.
-
-
-def refuse_several(lookups: Any, wait: bool = False) -> None:
-    """Raises a ValueError if the number of lookups is known, and above 1."""
-    count = known_lookups(lookups, wait)
-    if count > 1:
-        raise ValueError(
-            f"The tables were looked up {int(count)} times in one differentiated step. The backward pass of a lookup updates "
-            "the tables, and several updates of one table cannot be added: the tables were left as they are. Look all batches "
-            "up in one call, as features that share the table or as one larger batch."
-        )
-
-
-def chosen(lookups: jax.Array, new: Any, old: Any) -> Any:
-    """The tables that a backward pass returned, if there was exactly one differentiated lookup; else the old ones.
-
-    Without one the gradients are zeros, and of several they are a sum that means nothing. XLA folds the number, a constant
-    of the compiled step, and the choice with it; where it cannot, under `lax.cond`, the tables are copied.
-    """
-    refuse_several(lookups)
-    once = jnp.max(lookups) == 1
-    return jax.tree.map(lambda before, after: jnp.where(once, after, before), old, new)
 
 
 class Shell:

@@ -20,12 +20,11 @@ from embax._checks import INT32_MAX
 from embax._lookup_vjp import LookupSettings, update_of
 from embax._matmul import all_finite, gain_gradients_of_features, lookup_features
 from embax._mesh import on_devices
-from embax._ops.geometry import update_geometry
 from embax._ops.row_update import orders_of
-from embax._ops.update import apply_rows
 from embax._preprocess.buffers import PreprocessedInput
 from embax._refs import inside_jit, is_ref, read, write
 from embax._rows import take_rows
+from embax._sparse_gradients import SparseGradient, apply_to_stacks
 from embax._stacking.layout import physical_rows
 from embax._stacking.plan import StackPlan, TablePlan
 
@@ -58,9 +57,9 @@ class GradientBin(NamedTuple):
     gradients: Any
 
 
-def after_arrays(order: jax.Array, arrays: list[jax.Array]) -> jax.Array:
-    """`order`, known once the arrays are."""
-    return functools.reduce(lambda sum, zero: sum if zero is None else sum + zero, orders_of(arrays, 0), order)
+def ordered_after(order: jax.Array, arrays: list[jax.Array]) -> jax.Array:
+    """`order`, unchanged, but for XLA not known before the arrays are."""
+    return functools.reduce(lambda total, zero: total if zero is None else total + zero, orders_of(arrays, 0), order)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -79,7 +78,7 @@ def _read_features(
 
     def look_up(variables, order, packed):
         features, looked_up = lookup_features(packed, variables, settings.plan, settings.axis_name)
-        return features, after_arrays(order, looked_up)
+        return features, ordered_after(order, looked_up)
 
     spec = None if settings.mesh is None else settings.mesh.leading
     look_up = on_devices(settings.mesh, look_up, (spec, spec, spec), spec)
@@ -192,7 +191,7 @@ def _gain_gradients(
 ) -> jax.Array:
     def products_of(gradients, packed, variables, order):
         products = gain_gradients_of_features(gradients, packed, variables, settings.plan, settings.axis_name)
-        return jnp.concatenate(products), after_arrays(order, products)
+        return jnp.concatenate(products), ordered_after(order, products)
 
     spec = None if settings.mesh is None else settings.mesh.leading
     products_of = on_devices(settings.mesh, products_of, (spec, spec, spec, spec), spec)
@@ -277,7 +276,7 @@ def _read_rows(
 ) -> tuple[jax.Array, jax.Array]:
     rows = take_rows(_table(refs, stack), ids, table=table, num_sparsecores=settings.plan.num_sparsecores)
     if stack.name not in settings.frozen:
-        write(refs.order, after_arrays(read(refs.order), [rows]))
+        write(refs.order, ordered_after(read(refs.order), [rows]))
     return rows, read(refs.step).reshape(-1)[0]
 
 
@@ -321,6 +320,55 @@ def _store_rows(bin: GradientBin, ids: jax.Array, gradient: jax.Array, *, settin
     _store(bin, physical_gradient(ids, gradient, settings, stack, table))
 
 
+def own_rows(settings: LookupSettings, stack: StackPlan, rows: jax.Array, gradient: jax.Array) -> SparseGradient:
+    """The gradient of a stack for each device: its own rows, by their number on the device.
+
+    Args:
+        settings: static.
+        stack: the stack.
+        rows: int32[n], rows of the whole stack, the same on all devices.
+        gradient: float32[n, dim] of these rows.
+    """
+    if settings.mesh is None:
+        return SparseGradient(rows, gradient)
+    size = stack.shape[0] // settings.plan.num_devices
+
+    def own(rows, gradient):
+        first = jax.lax.axis_index(settings.axis_name) * size
+        here = (rows >= first) & (rows < first + size)
+        return SparseGradient(jnp.where(here, rows - first, INT32_MAX), jnp.where(here[:, None], gradient, 0.0))
+
+    everywhere = jax.P()
+    return on_devices(settings.mesh, own, (everywhere, everywhere), settings.mesh.leading)(rows, gradient)
+
+
+def update_stacks(
+    settings: LookupSettings, refs: LayerRefs, parts: dict[str, SparseGradient], step: Any, finite: jax.Array | None
+) -> None:
+    """Takes one optimizer step on rows of some stacks, and stores it.
+
+    Args:
+        settings: static.
+        refs: of the layer.
+        parts: gradients by the name of a stack; on a mesh each device has its own rows.
+        step: the number of the step.
+        finite: None, or a bool: if it is False the step is skipped.
+    """
+
+    def update(parts, variables, step, order, finite):
+        if finite is not None:
+            parts = {
+                name: SparseGradient(jnp.where(finite, part.rows, INT32_MAX), part.values)
+                for name, part in parts.items()
+            }
+        return apply_to_stacks(variables, parts, step, settings.plan, settings.limits, after=order)
+
+    spec, everywhere = None if settings.mesh is None else settings.mesh.leading, jax.P()
+    update = on_devices(settings.mesh, update, (spec, spec, everywhere, spec, everywhere), spec)
+    variables = {name: read(refs.variables[name]) for name in parts}
+    finish_step(settings, refs, update(parts, variables, step, read(refs.order), finite), step, finite)
+
+
 def _update_rows(
     refs: LayerRefs,
     ids: jax.Array,
@@ -333,51 +381,8 @@ def _update_rows(
 ) -> None:
     rows, gradient = physical_gradient(ids, gradient, settings, stack, table)
     finite = jnp.all(jnp.isfinite(gradient)) if settings.skip_nonfinite else None
-    if finite is not None:
-        rows = jnp.where(finite, rows, INT32_MAX)
-    new = update_rows(settings, {stack.name: (rows, gradient)}, read(refs.variables), step, read(refs.order))
-    finish_step(settings, refs, new, step, finite)
-
-
-def update_rows(
-    settings: LookupSettings, parts: dict[str, Any], variables: Any, step: Any, order: jax.Array
-) -> dict[str, Any]:
-    """The variables of some stacks after a step on rows by their number in the whole stack.
-
-    Args:
-        settings: static.
-        parts: `(rows, gradients)` of each stack: int32[n], of which every device has all, and float32[n, dim].
-        variables: `EmbeddingVariables` of each stack.
-        step: the number of the step.
-        order: int32[num_devices, n]; the update waits for it.
-    """
-    plan, mesh = settings.plan, settings.mesh
-    chosen = [number for number, stack in enumerate(plan.stacks) if stack.name in parts]
-    names = [plan.stacks[number].name for number in chosen]
-
-    def update(parts, variables, step, order):
-        states = [tuple(jax.tree.leaves(variables[name])) for name in names]
-        first = [0 if mesh is None else jax.lax.axis_index(mesh.axis_name) * state[0].shape[0] for state in states]
-        # Rows of other devices become negative, or too large: they are left out.
-        new = apply_rows(
-            [
-                jnp.where(parts[name][0] == INT32_MAX, INT32_MAX, parts[name][0] - begin)
-                for name, begin in zip(names, first, strict=True)
-            ],
-            [parts[name][1] for name in names],
-            states,
-            [order] * len(names),
-            update_geometry(plan, chosen),
-            step,
-            [settings.limits[number] for number in chosen],
-        )
-        structures = [jax.tree.structure(variables[name]) for name in names]
-        return {name: jax.tree.unflatten(tree, state) for name, tree, state in zip(names, structures, new, strict=True)}
-
-    if mesh is not None:
-        everywhere, spec = jax.P(), mesh.leading
-        update = on_devices(mesh, update, (everywhere, spec, everywhere, spec), spec)
-    return update(parts, {name: variables[name] for name in names}, step, order)
+    part = own_rows(settings, stack, rows, gradient)
+    update_stacks(settings, refs, {stack.name: part}, step, finite)
 
 
 def rows_in_refs(

@@ -35,7 +35,7 @@ def write(tree: Any, values: Any) -> None:
 
 
 def inside_jit(function: Callable[..., Any], refs: Any, *arguments: Any, **static: Any) -> Any:
-    """`function(refs, *arguments, **static)`, jitted unless the refs are traced already.
+    """`function(refs, *arguments, **static)`, jitted if there are refs that are not traced already.
 
     Args:
         function: a function of a module, so that its compilation is found again.
@@ -51,8 +51,3 @@ def inside_jit(function: Callable[..., Any], refs: Any, *arguments: Any, **stati
 @functools.cache
 def _jitted(function: Callable[..., Any], static: tuple[str, ...]) -> Callable[..., Any]:
     return jax.jit(function, static_argnames=static)
-
-
-def addresses(tree: Any) -> set[int]:
-    """Identities of the refs of a tree."""
-    return {id(leaf) for leaf in jax.tree.leaves(tree) if is_ref(leaf)}

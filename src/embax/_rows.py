@@ -1,6 +1,6 @@
 """Reading and writing tables: single rows by id, and whole tables from given weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -37,12 +37,7 @@ def read_rows(variables: Mapping[str, EmbeddingVariables], table: str, ids: Any,
     check_variables(variables, plan, without_slots=[one.name for one in plan.stacks])
     rows = valid_ids(ids, table, planned.vocabulary_size)
     values = jax.tree.leaves(variables[stack.name])[0]
-    take = inside_jit if is_ref(values) else _call
-    return take(take_rows, values, rows, table=planned, num_sparsecores=plan.num_sparsecores)
-
-
-def _call(function: Callable[..., Any], *arguments: Any, **static: Any) -> Any:
-    return function(*arguments, **static)
+    return inside_jit(take_rows, values, rows, table=planned, num_sparsecores=plan.num_sparsecores)
 
 
 def take_rows(stacked: Any, ids: jax.Array, *, table: TablePlan, num_sparsecores: int) -> jax.Array:

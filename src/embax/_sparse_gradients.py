@@ -186,15 +186,19 @@ def apply_to_stacks(
     step: int | jax.Array | None,
     plan: Plan,
     limits: Sequence[RowLimits],
+    after: jax.Array | None = None,
 ) -> dict[str, EmbeddingVariables]:
-    """The variables after one optimizer step on the rows of some stacks; gradients have no leading dimensions."""
+    """The variables after one optimizer step on the rows of some stacks; gradients have no leading dimensions.
+
+    The update waits for `after`, if it is given.
+    """
     chosen = [number for number, stack in enumerate(plan.stacks) if stack.name in parts]
     names = [plan.stacks[number].name for number in chosen]
     new = apply_rows(
         [parts[name].rows for name in names],
         [parts[name].values for name in names],
         [tuple(jax.tree.leaves(variables[name])) for name in names],
-        (),
+        () if after is None else [after] * len(names),
         update_geometry(plan, chosen),
         step,
         [limits[number] for number in chosen],

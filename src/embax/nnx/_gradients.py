@@ -14,7 +14,6 @@ except ImportError as error:
 from embax import _collected_gradients as collected_gradients
 from embax._refs import inside_jit
 from embax._sparse_gradients import SparseGradient, flat_gradient
-from embax._sparse_gradients import sum_sparse_gradients as sum_stacks
 from embax._types import Array, Float32
 from embax.nnx.embed import SparseCoreEmbed
 
@@ -34,7 +33,7 @@ def value_and_grad(
 
     The gradients of all lookups of a layer are summed, each row once. With them the gradients of a whole model can be clipped by
     their global norm, logged, or accumulated over microbatches, before `apply_sparse_gradients` applies them. The loss is traced
-    twice.
+    twice. Call it inside `nnx.jit`: outside, JAX compiles each operation of the loss anew at every call.
 
     Args:
         loss: function of a model and other arguments, which returns a scalar, or with `has_aux` a scalar and anything else.
@@ -43,7 +42,7 @@ def value_and_grad(
     Returns:
         A function of the same arguments. It returns the value of the loss, and `(dense, tables)`: the gradients of all
         `nnx.Param`, and `TableGradients`. A `gradient_scale` that a layer is called with divides the gradients of its tables. On
-        a mesh, rows are counted on the device that owns them.
+        a mesh, rows are counted on the device that owns them: add such gradients by `sum_sparse_gradients` of this module.
 
     Raises:
         ValueError: the loss looks a layer up in a while loop.
@@ -82,13 +81,48 @@ def value_and_grad(
     return differentiated
 
 
-def sum_sparse_gradients(gradients: Sequence[TableGradients]) -> TableGradients:
-    """The sum of the gradients of several batches, each row once. On one device, or of gradients of one device.
+def sum_sparse_gradients(model: nnx.Module, gradients: Sequence[TableGradients]) -> TableGradients:
+    """The sum of the gradients of several batches, each row once.
 
     Args:
+        model: the model that was differentiated.
         gradients: what `value_and_grad` returned for each; arrays may have leading dimensions, as `jax.lax.scan` stacks them.
+
+    Returns:
+        `TableGradients` with distinct rows, of which `global_norm` gives the norm.
+
+    Raises:
+        ValueError: there is no such layer or stack, or a gradient has another shape than `SparseGradient` says.
     """
-    return {path: sum_stacks([one[path] for one in gradients]) for path in gradients[0] if gradients[0][path]}
+    layers = _layers(model)
+    flat = [_flat(layers, one) for one in gradients]
+    paths = dict.fromkeys(path for one in flat for path in one)
+    return {
+        path: collected_gradients.summed(layers[path]._shell.settings, [one[path] for one in flat if path in one])
+        for path in paths
+    }
+
+
+def _flat(layers: Mapping[str, SparseCoreEmbed], tables: Any) -> TableGradients:
+    """Gradients without leading dimensions.
+
+    Raises:
+        ValueError: they are not of these layers.
+    """
+    if not isinstance(tables, Mapping) or (unknown := sorted(set(tables) - set(layers))):
+        given = unknown if isinstance(tables, Mapping) else type(tables).__name__
+        raise ValueError(
+            f"The gradients of tables are of {given}; they must be a dict by the path of a layer, and the layers are "
+            f"{sorted(layers)}."
+        )
+    flat = {}
+    for path, stacks in tables.items():
+        shell = layers[path]._shell
+        widths = {stack.name: stack.shape[1] for stack in shell.plan.stacks}
+        if unknown := sorted(set(stacks) - set(widths)):
+            raise ValueError(f"Layer {path!r} has no stacks {unknown}; its stacks are {sorted(widths)}.")
+        flat[path] = {name: flat_gradient(name, part, widths[name], shell.mesh) for name, part in stacks.items()}
+    return flat
 
 
 def global_norm(dense: Any, tables: TableGradients) -> Float32[Array, ""]:
@@ -119,17 +153,8 @@ def apply_sparse_gradients(
         ValueError: there is no such layer or stack, or a gradient has another shape than `SparseGradient` says.
     """
     layers = _layers(model)
-    if not isinstance(tables, Mapping) or (unknown := sorted(set(tables) - set(layers))):
-        given = unknown if isinstance(tables, Mapping) else type(tables).__name__
-        raise ValueError(
-            f"The gradients of tables are of {given}; they must be a dict by the path of a layer, and the layers are "
-            f"{sorted(layers)}."
-        )
-    for path, stacks in tables.items():
-        layer = layers[path]
-        shapes = {stack.name: stack.shape[1] for stack in layer._shell.plan.stacks}
-        if unknown := sorted(set(stacks) - set(shapes)):
-            raise ValueError(f"Layer {path!r} has no stacks {unknown}; its stacks are {sorted(shapes)}.")
-        parts = {name: flat_gradient(name, part, shapes[name], layer._shell.mesh) for name, part in stacks.items()}
+    for path, parts in _flat(layers, tables).items():
         if parts:
-            inside_jit(collected_gradients.apply_collected, layer._refs(), parts, step, settings=layer._shell.settings)
+            layer = layers[path]
+            settings = layer._shell.settings
+            inside_jit(collected_gradients.apply_collected, layer._refs(), parts, step, settings=settings)

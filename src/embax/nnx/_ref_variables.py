@@ -149,7 +149,7 @@ class RefVariable(nnx.Variable):
             super().set_value(value, index=index)
 
     def copy(self, *value: Any, **updates: Any) -> Any:
-        """A variable with a ref of its own, as `nnx.clone` makes it. Inside transformations, another name of the same ref."""
+        """A copy of the variable. Outside transformations it has its own ref, as after `nnx.clone`; inside, it shares the ref."""
         held = self.held
         same = not value and "value" not in updates
         if same and is_ref(held) and not isinstance(held, Tracer) and _OUTSIDE.is_valid():
